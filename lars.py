@@ -1,0 +1,64 @@
+"""LARS: layer-wise adaptive rate scaling (You et al. 2017), in the form that SimCLR uses."""
+import torch
+
+
+class LARS(torch.optim.Optimizer):
+    """Momentum SGD whose step for each weight is scaled to that weight's own norm.
+
+    For a weight w with gradient g, learning rate lr, momentum μ, weight decay λ, trust coefficient η:
+
+        d = g + λ w
+        d = η ‖w‖ / ‖d‖ · d          (ratio 1 where either norm is 0)
+        m = μ m + d                  (m starts at 0)
+        w = w - lr · m
+
+    Parameters with ndim <= 1, that is biases and the scales of norms, get neither decay nor adaptation: d = g.
+    The learning rate multiplies the momentum, not the gradient, so a schedule acts at once (PyTorch's SGD does the same).
+    Nothing here waits for the device: the norms stay tensors, and the two cases are chosen by `where`.
+
+    Args:
+        params: parameters or parameter groups, as for any torch.optim.Optimizer.
+        lr, momentum, weight_decay, trust_coefficient: lr, μ, λ and η above, plain numbers.
+
+    Raises:
+        ValueError: if lr, weight_decay or trust_coefficient is negative, or momentum is outside [0, 1).
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
+        if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0 and trust_coefficient >= 0):
+            raise ValueError("need lr, weight_decay, trust_coefficient >= 0 and 0 <= momentum < 1; got "
+                             f"{lr}, {weight_decay}, {trust_coefficient} and {momentum}")
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      trust_coefficient=trust_coefficient))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Take one step. closure, if given, recomputes the loss and is called first; its value is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            with_grad = [w for w in group["params"] if w.grad is not None]
+            weights = [w for w in with_grad if w.ndim > 1]
+            vectors = [w for w in with_grad if w.ndim <= 1]
+            updates = []
+            if weights:
+                updates = torch._foreach_add([w.grad for w in weights], weights, alpha=group["weight_decay"])
+                w_norm = torch.stack(torch._foreach_norm(weights))
+                d_norm = torch.stack(torch._foreach_norm(updates))
+                ratio = torch.where((w_norm > 0) & (d_norm > 0), group["trust_coefficient"] * w_norm / d_norm, 1.0)
+                torch._foreach_mul_(updates, list(ratio.unbind()))
+            updates = [*updates, *(w.grad for w in vectors)]
+            params = weights + vectors
+            if not params:
+                continue
+            momenta = []
+            for w in params:
+                if "momentum" not in self.state[w]:
+                    self.state[w]["momentum"] = torch.zeros_like(w)
+                momenta.append(self.state[w]["momentum"])
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, updates)
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+        return loss

@@ -1,0 +1,344 @@
+"""Train an encoder by homomorphic self-supervised learning (H-SSL), or by one of the methods it is compared with.
+
+    python train.py                                                     glyphs on a laptop's CPU, minutes
+    torchrun --nproc_per_node=8 train.py --dataset mnist                the paper's configuration
+
+Letters: B global batch, b batch of this process, C channels, H W space.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import update_bn
+
+import data as datasets
+from hssl import a_ssl_loss, allowed_pairs, h_ssl_loss, readout
+from lars import LARS
+from losses import nt_xent
+from probe import build, load_run, probe, represent
+
+# What differs between data sets. The paper's values are marked [P]; the README says why the others are what they are.
+DEFAULTS = {
+    "glyphs": dict(group="translation", epochs=20, batch_size=256, warmup_epochs=1, trust_coefficient=0.03,
+                   widths=(8, 16, 32), kernel_size=5),
+    "mnist": dict(group="translation", epochs=500, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001,
+                  widths=(32, 63, 95), kernel_size=7),
+}
+# What differs between groups: the number of elements, and the size of the base space (positions a side, or elements).
+GROUP_DEFAULTS = {
+    "translation": dict(elements=1, base_space=4),
+    "rotation": dict(elements=4, base_space=1),
+    "scale": dict(elements=3, base_space=1),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                                  # one line, and only once under torchrun
+        stop(message)
+
+
+def stop(message):
+    """Say in one line what is wrong with the input, and exit with status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def number(kind, low, above=False):
+    """An argparse type: a finite int or float that is at least, or above, low."""
+    def read(text):
+        value = kind(text)
+        if not (math.isfinite(value) and (value > low if above else value >= low)):
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}")
+        return value
+    read.__name__ = kind.__name__                              # argparse names it when kind(text) fails
+    return read
+
+
+def parse(argv=None):
+    p = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--dataset", choices=DEFAULTS, default="glyphs", help="glyphs is drawn on the spot, the others are downloaded")
+    add("--method", choices=("h-ssl", "a-ssl", "frozen", "supervised"), default="h-ssl", help="Eq. (3), Eq. (2), no training, or labels")
+    add("--group", choices=GROUP_DEFAULTS, help="what views differ by; default: the data set's")
+    add("--epochs", type=number(int, 1), help="passes over the training images; default: the data set's (mnist: 500)")
+    add("--batch-size", type=number(int, 2), help="images per step, over all processes; default: the data set's (mnist: 4096)")
+    add("--lr", type=number(float, 0, above=True), default=0.1, help="peak learning rate of LARS")
+    add("--lr-per-256", action="store_true", help="--lr is meant per 256 images: multiply it by batch-size / 256")
+    add("--warmup-epochs", type=number(float, 0), help="linear warm-up, by step; default: the data set's (mnist: 10)")
+    add("--weight-decay", type=number(float, 0), default=1e-4, help="of all weights with more than one dimension")
+    add("--momentum", type=number(float, 0), default=0.9, help="of LARS")
+    add("--trust-coefficient", type=number(float, 0, above=True), help="of LARS; default: the data set's (mnist: 0.001)")
+    add("--temperature", type=number(float, 0, above=True), default=0.1, help="τ of NT-Xent")
+    add("--seed", type=number(int, 0), default=0, help="of weights, order of images and views")
+    add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
+    add("--train-images", type=number(int, 1), help="use only the first so many training images; default: all")
+    add("--out", help="the run's folder; default: runs/DATASET-METHOD-GROUP-SEED")
+    add("--resume", action="store_true", help="continue the run in --out from its checkpoint, if it has one")
+    add("--save-every", type=number(int, 1), default=10, help="epochs between checkpoints")
+    add("--log-every", type=number(int, 1), default=10, help="steps between lines of log.jsonl")
+    add("--amp", choices=("float16", "bfloat16", "off"), help="half precision; default: float16 on cuda, off on cpu")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    # The encoder
+    add("--widths", type=number(int, 1), nargs=3, metavar="C", help="channels of its three stages; default: the data set's (mnist: 32 63 95)")
+    add("--elements", type=number(int, 1), help="orientations or scales; default: 4 orientations, 3 scales")
+    add("--extent", type=number(int, 1), help="elements that a filter spans along the group; default: all for rotation, 1 for scale")
+    add("--kernel-size", type=number(int, 1), help="side of the filters in pixels; default: the data set's (mnist: 7)")
+    add("--effective-size", type=number(int, 1), default=3, help="Hermite orders along each axis")
+    add("--sigma", type=number(float, 0, above=True), default=0.9, help="width of the Hermite-Gaussian functions in pixels; for scale, the smallest")
+    add("--scale-step", type=number(float, 1, above=True), default=1.41, help="ratio of neighbouring scales")
+    add("--padding", choices=("zeros", "circular"), default="zeros", help="of the convolutions, and of shifted images")
+    # Views, projection head, detached classifier
+    add("--base-space", type=number(int, 1), help="size of G0; default: a window of 4 positions a side; 1 orientation or scale")
+    add("--max-distance", type=number(int, 1), help="largest topographic distance of two views; default: no limit")
+    add("--grid", type=number(int, 0), default=0, help="average each map of a view to so many cells a side before the head; 0 keeps all positions")
+    add("--head-widths", type=number(int, 1), nargs=2, default=(512, 128), metavar="D", help="hidden and output width of the projection head")
+    add("--probe-grid", type=number(int, 0), default=2, help="average each map to so many cells a side for the detached classifier; 0 keeps all")
+    add("--probe-epochs", type=number(int, 1), default=100, help="of the detached classifier (Adam)")
+    add("--probe-lr", type=number(float, 0, above=True), default=0.01, help="of the detached classifier (Adam)")
+    args = p.parse_args(argv)
+
+    args.group = args.group or DEFAULTS[args.dataset]["group"]
+    for name, value in (DEFAULTS[args.dataset] | GROUP_DEFAULTS[args.group]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda needs a CUDA GPU, and PyTorch sees none: use --device cpu")
+    if args.device == "cpu" and args.amp == "float16":
+        p.error("--amp float16 needs --device cuda: use bfloat16 or off")
+    if args.momentum >= 1:
+        p.error(f"--momentum {args.momentum} must be below 1")
+    args.amp = args.amp or ("float16" if args.device == "cuda" else "off")
+    args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.group}-{args.seed}"
+    return args
+
+
+class ProjectionHead(nn.Sequential):
+    """h of Eqs. (2) and (3): a view (B, C, S, H, W) -> its readout -> two linear layers -> (B, D)."""
+
+    def __init__(self, width, hidden, out, grid):
+        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out))
+        self.grid = grid
+
+    def forward(self, view):
+        return super().forward(readout(view, self.grid))
+
+
+class Objective(nn.Module):
+    """Encoder, head and loss as one module, so that DistributedDataParallel sees one forward pass per step."""
+
+    def __init__(self, encoder, head, loss):
+        super().__init__()
+        self.encoder, self.head, self.loss = encoder, head, loss
+
+    def forward(self, x, *target):
+        """x (b, C, H, W) and its target: g1 and g2 for a self-supervised method, labels for a supervised one."""
+        return self.loss(self.encoder, self.head, x, *target)
+
+
+def make_objective(args, encoder, group, data):
+    with torch.no_grad():                                      # to learn how wide the features are
+        z = encoder.eval()(data.batch(data.train_images, torch.zeros(2, dtype=torch.long, device=data.train_images.device)).cpu())
+    encoder.train()
+    if args.method in ("supervised", "frozen"):
+        classifier = nn.Linear(represent(z, args.probe_grid).shape[1], data.classes)
+        return Objective(encoder, classifier, lambda f, h, x, labels: F.cross_entropy(h(represent(f(x), args.probe_grid)), labels))
+    head = ProjectionHead(readout(group.base(z), args.grid).shape[1], *args.head_widths, args.grid)
+    loss = {"h-ssl": h_ssl_loss, "a-ssl": a_ssl_loss}[args.method]
+    return Objective(encoder, head, lambda f, h, x, g1, g2: loss(
+        f, h, lambda h1, h2: nt_xent(h1, h2, args.temperature), group, x, g1, g2))
+
+
+def schedule(step, warmup, total):
+    """Factor on the learning rate: linear warm-up over the first steps, then a cosine to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def save(path, state):
+    """Write to a temporary file and rename, so that the last checkpoint stays whole until the new one is."""
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def prepare(args, rank, local_rank, world, device):
+    """Everything that bad input can spoil: data, encoder, group, objective, and the run's folder with what it holds.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if args.batch_size % world:
+        raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: take a multiple of {world}")
+    if local_rank == 0:                                        # one process of each machine downloads
+        data = datasets.load(args.dataset, args.data_dir, device, args.train_images)
+    if world > 1:
+        dist.barrier()
+    if local_rank != 0:
+        data = datasets.load(args.dataset, args.data_dir, device, args.train_images)
+    channels, side = data.train_images.shape[1], data.train_images.shape[-1]
+    if args.batch_size > len(data.train_images) and args.method != "frozen":
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(data.train_images)} training images")
+    encoder, group = build(vars(args), channels, side)
+    cells = side // encoder.stride
+    if max(args.grid, args.probe_grid) > cells:
+        raise ValueError(f"--grid and --probe-grid must be at most {cells}, the side of the feature map")
+    objective = make_objective(args, encoder, group, data).to(device)
+    pairs = allowed_pairs(group, args.max_distance)                                                 # (P, 2)
+
+    out, checkpoint = Path(args.out), None
+    if args.resume and (out / "checkpoint.pt").exists():
+        settings, checkpoint = load_run(out, device)
+        free = {"resume", "out", "data_dir", "device", "save_every", "log_every"}
+        changed = [k for k, v in json.loads(json.dumps(vars(args))).items() if k not in free and settings.get(k) != v]
+        if changed:
+            raise ValueError(f"{out} was made with other settings: " + ", ".join(
+                f"--{k.replace('_', '-')} {settings.get(k)}" for k in changed))
+    elif out.exists() and any(out.iterdir()) and not args.resume:
+        raise ValueError(f"{out} is not empty: continue its run with --resume, or choose another --out")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(vars(args) | dict(torch=torch.__version__, processes=world), indent=1) + "\n")
+    return data, group, objective, pairs, checkpoint
+
+
+def main(args):
+    # ---- processes: one under python, several under torchrun
+    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    cuda = args.device == "cuda"
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    chief = rank == 0
+    torch.manual_seed(args.seed)
+    try:
+        data, group, objective, pairs, checkpoint = prepare(args, rank, local_rank, world, device)
+    except (ValueError, OSError) as error:
+        stop(error)
+    out, encoder, images = Path(args.out), objective.encoder, len(data.train_images)
+
+    def classify():
+        return probe(encoder, data, args.probe_grid, args.probe_epochs, args.probe_lr, seed=args.seed)
+
+    # ---- the frozen encoder: batch norm sees the training images once, then the detached classifier
+    frozen_top1 = checkpoint["frozen_top1"] if checkpoint else None
+    if not checkpoint:
+        update_bn((data.batch(data.train_images, i) for i in torch.arange(images, device=device).split(1000)), encoder)
+        if chief:
+            frozen_top1 = classify()["top1"]
+            print(f"frozen encoder: top-1 {frozen_top1:.2f} %", flush=True)
+
+    # ---- optimizer, schedule, half precision, processes
+    epochs = 0 if args.method == "frozen" else args.epochs
+    steps = images // args.batch_size                          # an epoch's; a last, incomplete batch is left out
+    model = objective
+    if dist.is_initialized():
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
+        model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None)
+    lr = args.lr * (args.batch_size / 256 if args.lr_per_256 else 1)
+    optimizer = LARS(model.parameters(), lr, args.momentum, args.weight_decay, args.trust_coefficient)
+    warmup = round(args.warmup_epochs * steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, warmup, epochs * steps))
+    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
+    parts = dict(encoder=encoder, head=objective.head, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+    step, first_epoch = 0, 0
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        step, first_epoch = checkpoint["step"], checkpoint["epoch"]
+
+    def checkpoint_now(epoch):
+        if chief:
+            save(out / "checkpoint.pt", dict({name: part.state_dict() for name, part in parts.items()},
+                                             epoch=epoch, step=step, frozen_top1=frozen_top1))
+
+    # ---- training
+    log = Log(out, step, chief)
+    elements, pairs, share = group.elements.to(device), pairs.to(device), args.batch_size // world
+    for epoch in range(first_epoch, epochs):
+        order, choice = (t.to(device) for t in datasets.epoch_plan(images, len(pairs), args.seed, epoch))
+        epoch_loss = torch.zeros((), device=device)
+        for i in range(steps):
+            index = order[i * args.batch_size + rank * share:][:share]                              # (b,)
+            x = data.batch(data.train_images, index)                                                # (b, C, H, W)
+            g1, g2 = elements[pairs[choice[index]]].unbind(1)
+            target = (data.train_labels[index],) if args.method == "supervised" else (g1, g2)
+            with torch.autocast(args.device, getattr(torch, args.amp, None), enabled=args.amp != "off"):
+                loss = model(x, *target)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            step += 1
+            epoch_loss += loss.detach()
+            if step % args.log_every == 0 or i == steps - 1:
+                log.step(epoch, step, mean_over_processes(loss), scheduler.get_last_lr()[0], args.batch_size,
+                         f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}")
+            scheduler.step()
+        log.epoch(epoch, epochs, mean_over_processes(epoch_loss / steps), args.batch_size * steps)
+        if (epoch + 1) % args.save_every == 0:
+            checkpoint_now(epoch + 1)
+    checkpoint_now(epochs)
+
+    # ---- the detached classifier on the trained encoder
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if chief:
+        result = classify() | dict(frozen_top1=frozen_top1, method=args.method, epoch=epochs)
+        (out / "probe.json").write_text(json.dumps(result) + "\n")
+        print(f"top-1 on {result['test_images']} test images: frozen {frozen_top1:.2f} %, {args.method} {result['top1']:.2f} %")
+
+
+def mean_over_processes(value):
+    value = value.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value.item()
+
+
+class Log:
+    """log.jsonl, a line per epoch for people, and in a terminal a line that moves."""
+
+    def __init__(self, out, step, chief):
+        self.chief, self.live = chief, chief and sys.stdout.isatty()
+        self.file = None
+        if chief:
+            path = out / "log.jsonl"
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
+            path.write_text("".join(line + "\n" for line in kept))           # steps after the checkpoint come again
+            self.file = path.open("a", buffering=1)
+        self.last_step, self.last_time, self.epoch_time = step, time.perf_counter(), time.perf_counter()
+
+    def step(self, epoch, step, loss, lr, batch, where):
+        now = time.perf_counter()
+        rate = (step - self.last_step) * batch / (now - self.last_time)
+        self.last_step, self.last_time, self.lr = step, now, lr
+        if self.chief:
+            self.file.write(json.dumps(dict(epoch=epoch + 1, step=step, loss=loss, lr=lr, images_per_second=round(rate, 1))) + "\n")
+        if self.live:
+            print(f"\r{where}  loss {loss:.4f}  {rate:,.0f} images/s\033[K", end="", flush=True)
+
+    def epoch(self, epoch, epochs, loss, images):
+        now = time.perf_counter()
+        took, self.epoch_time = now - self.epoch_time, now
+        left = round(took * (epochs - epoch - 1))
+        if self.chief:
+            print(f"{chr(13) if self.live else ''}epoch {epoch + 1:{len(str(epochs))}d}/{epochs}  loss {loss:.4f}  lr {self.lr:.4g}  "
+                  f"{images / took:,.0f} images/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+                  f"{chr(27) + '[K' if self.live else ''}", flush=True)
+
+
+if __name__ == "__main__":
+    main(parse())
