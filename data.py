@@ -78,8 +78,8 @@ GLYPHS = "AFGKRTY248"     # no two of them alike when turned (as 6 and 9, M and 
 def glyphs(train=10_000, test=2_000, seed=0):
     """Draw the built-in data set: characters in any orientation, 1x28x28, 10 classes, without a download.
 
-    Each image shows one of GLYPHS in Pillow's own font, at random turned (0 to 360 degrees), sized (0.75 to 1.25 of 18
-    pixels), shifted (up to 3 pixels each way), of one of four stroke weights, with Gaussian noise (σ = 0.1 of full
+    Each image shows one of GLYPHS in Pillow's own font, at random turned (0 to 360 degrees), sized (0.65 to 1 times 24
+    pixel type), shifted (up to 2 pixels each way), of one of four stroke weights, with Gaussian noise (σ = 0.1 of full
     white). The same seed gives the same images.
     """
     count, side, over = train + test, 28, 4                           # drawn at 4 times the size, then averaged down
@@ -95,8 +95,8 @@ def glyphs(train=10_000, test=2_000, seed=0):
 
     labels = torch.randint(len(GLYPHS), (count,), generator=generator)
     weight = torch.randint(len(strokes), (count,), generator=generator)
-    angle, size = uniform(0, 2 * np.pi), uniform(0.75, 1.25)
-    shift = torch.stack([uniform(-3, 3), uniform(-3, 3)], 1) * 2 / side                             # in half image sides
+    angle, size = uniform(0, 2 * np.pi), uniform(0.65, 1.0)
+    shift = torch.stack([uniform(-2, 2), uniform(-2, 2)], 1) * 2 / side                             # in half image sides
     turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)], 1)
     affine = turn / size[:, None, None]
     affine = torch.cat([affine, affine @ -shift[:, :, None]], 2)                                    # (count, 2, 3)

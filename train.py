@@ -28,9 +28,9 @@ from probe import build, load_run, probe, represent
 
 # What differs between data sets. The paper's values are marked [P]; the README says why the others are what they are.
 DEFAULTS = {
-    "glyphs": dict(group="translation", epochs=20, batch_size=256, warmup_epochs=1, trust_coefficient=0.03,
-                   widths=(8, 16, 32), kernel_size=5),
-    "mnist": dict(group="translation", epochs=500, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001,
+    "glyphs": dict(group="rotation", epochs=8, batch_size=256, warmup_epochs=1, trust_coefficient=0.01, temperature=1.0,
+                   widths=(4, 8, 16), kernel_size=5),
+    "mnist": dict(group="translation", epochs=500, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001, temperature=0.1,
                   widths=(32, 63, 95), kernel_size=7),
 }
 # What differs between groups: the number of elements, and the size of the base space (positions a side, or elements).
@@ -78,7 +78,7 @@ def parse(argv=None):
     add("--weight-decay", type=number(float, 0), default=1e-4, help="of all weights with more than one dimension")
     add("--momentum", type=number(float, 0), default=0.9, help="of LARS")
     add("--trust-coefficient", type=number(float, 0, above=True), help="of LARS; default: the data set's (mnist: 0.001)")
-    add("--temperature", type=number(float, 0, above=True), default=0.1, help="τ of NT-Xent")
+    add("--temperature", type=number(float, 0, above=True), help="τ of NT-Xent; default: the data set's (mnist: 0.1)")
     add("--seed", type=number(int, 0), default=0, help="of weights, order of images and views")
     add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
     add("--train-images", type=number(int, 1), help="use only the first so many training images; default: all")
@@ -205,6 +205,8 @@ def prepare(args, rank, local_rank, world, device):
                 f"--{k.replace('_', '-')} {settings.get(k)}" for k in changed))
     elif out.exists() and any(out.iterdir()) and not args.resume:
         raise ValueError(f"{out} is not empty: continue its run with --resume, or choose another --out")
+    if world > 1:
+        dist.barrier()                                         # all have looked into the folder: now it may change
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(vars(args) | dict(torch=torch.__version__, processes=world), indent=1) + "\n")

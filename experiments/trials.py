@@ -27,11 +27,13 @@ SMALL = "--dataset mnist --group rotation --train-images 5000 --widths 4 8 16 --
 # Each table: a row's name -> flags of train.py, and the seeds.
 TABLES = {
     "groups": ({f"{g} {m}": f"{MNIST} --group {g} --method {m} {WIDTHS[g]}" for g in WIDTHS for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
-    "rates": ({f"lr {name}": f"--dataset mnist --widths 8 16 32 --kernel-size 5 --epochs 20 --warmup-epochs 2 {flags}"
+    "rates": ({f"lr {name}": f"--dataset mnist --widths 8 16 32 --kernel-size 5 --epochs 15 --warmup-epochs 2 {flags}"
                for name, flags in {"0.1 as used": "", "0.1 per 256": "--lr-per-256"}.items()}, (0, 1)),
     "readouts": ({
         **{f"{m} grid {grid}": f"{SMALL} --method {m} --grid {grid} --epochs 10 --batch-size 256"
            for m, grid in (("h-ssl", 0), ("h-ssl", 2), ("h-ssl", 1), ("a-ssl", 1))},
+        "h-ssl grid 0, temperature 1": f"{SMALL} --grid 0 --epochs 10 --batch-size 256 --temperature 1",
+        "h-ssl grid 1, temperature 1": f"{SMALL} --grid 1 --epochs 10 --batch-size 256 --temperature 1",
         "h-ssl grid 1, 126 negatives": f"{SMALL} --grid 1 --epochs 3 --batch-size 64",
         "h-ssl grid 1, 2046 negatives": f"{SMALL} --grid 1 --epochs 48 --warmup-epochs 4 --batch-size 1024",
         "h-ssl grid 1, twice the channels": f"{SMALL} --grid 1 --epochs 10 --batch-size 256 --widths 8 16 32",

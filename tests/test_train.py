@@ -1,0 +1,163 @@
+"""train.py and probe.py through their command lines, at the smallest size, on the CPU."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import probe
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--device cpu --train-images 200 --batch-size 64 --epochs 2 --widths 2 3 4 --probe-epochs 5 --log-every 1".split()
+
+
+def call(*arguments, launcher=(), code=0):
+    done = subprocess.run([sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_train_then_probe(tmp_path):
+    """One short run on glyphs writes its folder and prints frozen and trained; the probe alone gives the same number."""
+    done = call("train.py", *SMALL, "--out", tmp_path / "run")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("frozen encoder: top-1 ") and lines[1].startswith("epoch 1/2 ") and "left" in lines[1]
+    assert "\r" not in done.stdout and lines[-1].startswith("top-1 on 2000 test images: frozen ") and "h-ssl" in lines[-1]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["group"] == "rotation" and config["torch"] == torch.__version__
+    log = log_of(tmp_path / "run")
+    assert [(entry["epoch"], entry["step"]) for entry in log] == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6)]
+    assert all(entry["loss"] > 0 and entry["images_per_second"] > 0 and 0 < entry["lr"] <= 0.1 for entry in log)
+
+    first = json.loads((tmp_path / "run" / "probe.json").read_text())
+    again = call("probe.py", tmp_path / "run", "--device", "cpu")
+    assert json.loads(again.stdout) == json.loads((tmp_path / "run" / "probe.json").read_text()) == first
+    assert first["test_images"] == 2000 and 0 <= first["top1"] <= 100 and first["frozen_top1"] is not None
+
+
+@pytest.mark.parametrize("flags", ("--method a-ssl --group scale", "--method supervised", "--method frozen",
+                                   "--group translation --amp bfloat16", "--elements 8 --extent 2 --padding circular"))
+def test_every_method_and_group_runs(flags, tmp_path, capsys):
+    args = train.parse([*SMALL, *flags.split(), "--out", str(tmp_path / "run")])
+    train.main(args)
+    assert "top-1 on 2000" in capsys.readouterr().out
+    steps = len(log_of(tmp_path / "run"))
+    assert steps == (0 if args.method == "frozen" else 6)
+
+
+def run_in_process(out, *flags):
+    train.main(train.parse([*SMALL, "--save-every", "1", "--out", str(out), *flags]))
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def test_resume_continues_exactly(tmp_path, monkeypatch):
+    """A run stopped in its second epoch and resumed ends with the weights, and the log, of an undisturbed one."""
+    straight = run_in_process(tmp_path / "straight")
+    plan = data.epoch_plan
+
+    def stop_in_epoch_two(images, choices, seed, epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return plan(images, choices, seed, epoch)
+
+    monkeypatch.setattr(data, "epoch_plan", stop_in_epoch_two)
+    with pytest.raises(KeyboardInterrupt):
+        run_in_process(tmp_path / "stopped")
+    monkeypatch.setattr(data, "epoch_plan", plan)
+    resumed = run_in_process(tmp_path / "stopped", "--resume")
+    for part in ("encoder", "head"):
+        assert all(torch.equal(straight[part][name], resumed[part][name]) for name in straight[part])
+    for a, b in zip(log_of(tmp_path / "straight"), log_of(tmp_path / "stopped"), strict=True):
+        assert (a["step"], a["loss"], a["lr"]) == (b["step"], b["loss"], b["lr"])
+
+
+def test_two_processes_see_one_process_s_batches(tmp_path):
+    """Under torchrun the log has the same steps and rates, and a first loss that differs by the batch norms alone.
+
+    Each process normalises its own 32 of the 64 images; nothing else differs, and that moves the loss by less than 2%
+    of ln(127) (0.1 to 0.5% was seen). The learning rate is too small to matter.
+    """
+    flags = [*SMALL, "--lr", "1e-9"]
+    call("train.py", *flags, "--out", tmp_path / "one")
+    call("train.py", *flags, "--out", tmp_path / "two", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        assert (a["epoch"], a["step"], a["lr"]) == (b["epoch"], b["step"], b["lr"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+
+
+def test_schedule():
+    """Warm-up by step to 1 over 10 steps, then a cosine that starts at 1 and would reach 0 one step after the last."""
+    factors = [train.schedule(step, 10, 30) for step in range(31)]
+    assert factors[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert factors[10] == 1 and factors[20] == pytest.approx(0.5) and factors[30] == pytest.approx(0)
+    assert train.schedule(0, 0, 30) == 1
+
+
+def test_rate_per_256_images():
+    assert train.parse([]).lr == 0.1 and not train.parse([]).lr_per_256
+    mnist = train.parse(["--dataset", "mnist"])
+    assert (mnist.epochs, mnist.batch_size, mnist.lr, mnist.temperature, mnist.warmup_epochs, mnist.weight_decay) == (500, 4096, 0.1, 0.1, 10, 1e-4)
+
+
+def test_probe_notices_a_moving_encoder():
+    """The guard fires when a forward pass changes a buffer of the encoder."""
+    some = data.load("glyphs", "unused", train_images=50)
+    encoder, _ = probe.build(vars(train.parse(["--widths", "2", "2", "2"])), 1, 28)
+    norm = next(m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    def move(module, inputs, output):
+        module.running_mean.add_(1)
+    norm.register_forward_hook(move)
+    with pytest.raises(AssertionError, match="running_mean"):
+        probe.probe(encoder, some, epochs=1)
+
+
+BAD = {
+    "--lr -1": "above 0", "--temperature 0": "above 0", "--epochs x": "invalid int", "--batch-size 64 --train-images 10": "more than the 10",
+    "--group translation --base-space 8": "1 to 7", "--elements 1": "two group elements", "--kernel-size 4": "odd",
+    "--max-distance 0": "at least 1", "--amp float16": "cuda", "--momentum 1": "below 1", "--grid 8": "at most 7", "--extent 5": "1 to 4",
+    "--dataset imagenet": "invalid choice", "--nonsense": "unrecognized",
+}
+
+
+@pytest.mark.parametrize("flags, message", BAD.items())
+def test_bad_input_is_one_line_and_status_2(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(train.parse(["--device", "cpu", "--out", str(tmp_path / "run"), *flags.split()]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    """A folder that holds something is refused, and so is a checkpoint from other settings, nothing changed."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    assert "--resume" in call("train.py", *SMALL, "--out", run, code=2).stderr
+    (run / "config.json").unlink()
+    run_in_process(run)
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    done = call("train.py", *SMALL, "--out", run, "--resume", "--seed", "5", code=2)
+    assert "other settings: --seed 0" in done.stderr and done.stderr.count("\n") == 1
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("spoil, message", (
+    (lambda run: (run / "checkpoint.pt").unlink(), "checkpoint.pt is missing"),
+    (lambda run: (run / "config.json").write_text("{"), "cannot read the run"),
+    (lambda run: (run / "checkpoint.pt").write_bytes(b"PK"), "cannot read the run"),
+))
+def test_probe_refuses_a_spoilt_run(spoil, message, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({}, tmp_path / "checkpoint.pt")
+    spoil(tmp_path)
+    done = call("probe.py", tmp_path, code=2)
+    assert message in done.stderr and done.stderr.count("\n") == 1
