@@ -3,7 +3,7 @@
 Each group below knows the same four things:
 
     T(g, x)       T_g on images (B, C, H, W); exact for shifts and quarter turns, else bilinear
-    Γ(g, z)       Γ_g on features (B, C, G, H, W), the right-hand side of Eq. (1)
+    Γ(g, z)       Γ_g on features (B, C, G, H, W): (Γ_g z)(g0) = z(g⁻¹ g0), and f(T_g x) = Γ_g f(x) is Eq. (1)
     view(g, z)    the fibers of Γ_g z over the base space G0, all that h sees: equal to base(Γ(g, z)), but reading no more
     elements      every g that may be drawn, and distance(g1, g2), the topographic distance ‖g1⁻¹ g2‖
 
@@ -17,24 +17,26 @@ import torch
 import torch.nn.functional as F
 
 
-# -------------------------------------------------------------------------------------------- the objectives, Eqs. (2), (3)
+# -------------------------------------------------------------------------------------------- the objectives
 
 def a_ssl_loss(f, h, I, group, x, g1, g2):
-    """L_A = mean over i of I( h(f(T_g1 x_i)), h(f(T_g2 x_i)) ), Eq. (2): two transformed images through the encoder.
+    """L_A: two transformed copies of each image through the encoder.
 
     f encodes (B, C, H, W) to (B, C', G, H', W'), h projects a view to (B, D), I is an objective that takes its mean
     over the batch. The two copies pass f as one batch, so that batch norm sees both. Returns a scalar tensor.
     """
     z1, z2 = f(torch.cat([group.T(g1, x), group.T(g2, x)])).chunk(2)
+    # L_A = mean over i of I( h(f(T_g1 x_i)), h(f(T_g2 x_i)) )                              Eq. (2)
     return I(h(group.base(z1)), h(group.base(z2)))
 
 
 def h_ssl_loss(f, h, I, group, x, g1, g2):
-    """L_H = mean over i of I( h(Γ_g1 f(x_i)), h(Γ_g2 f(x_i)) ), Eq. (3): one image through the encoder, once.
+    """L_H: each image through the encoder once, and two views read from its features.
 
     Arguments as for `a_ssl_loss`. Where f(T_g x) = Γ_g f(x) exactly, the two are equal, and so are their gradients.
     """
     z = f(x)
+    # L_H = mean over i of I( h(Γ_g1 f(x_i)), h(Γ_g2 f(x_i)) )                              Eq. (3)
     return I(h(group.view(g1, z)), h(group.view(g2, z)))
 
 
@@ -152,7 +154,7 @@ class Rotation:
         return torch.minimum(apart, self.orientations - apart)
 
     def _move(self, g, z, count):
-        """The first count orientations of Γ_g z: (Γ_g z)(k, u) = z(k - g, turned back u), Eq. (1)."""
+        """The first count orientations of Γ_g z: (Γ_g z)(k, u) = z(k - g, turned back u)."""
         source = (torch.arange(count, device=z.device) - g[:, None]) % self.orientations            # (B, count)
         return on_maps(take_elements(z, source), lambda maps: rotate(maps, g, self.orientations, outside="border"))
 
@@ -183,7 +185,7 @@ class Scale:
         self.elements = torch.arange(first + side - scales, first + 1)                              # (M,)
 
     def T(self, g, x):
-        return zoom(x, self.step ** g.to(x.dtype))
+        return zoom(x, self.step ** g.double())
 
     def Γ(self, g, z):
         return self._move(g, z, 0, self.scales)
@@ -198,11 +200,11 @@ class Scale:
         return (g1 - g2).abs()
 
     def _move(self, g, z, first, count):
-        """Scales first, first + 1, ... of Γ_g z: (Γ_g z)(s, u) = z(s - g, u / step**g), Eq. (1); zero beyond the axis."""
+        """Scales first, first + 1, ... of Γ_g z: (Γ_g z)(s, u) = z(s - g, u / step**g); zero beyond the axis."""
         source = first + torch.arange(count, device=z.device) - g[:, None]                          # (B, count)
         exists = (source >= 0) & (source < self.scales)
         moved = take_elements(z, source.clamp(0, self.scales - 1)) * exists[:, None, :, None, None]
-        return on_maps(moved, lambda maps: zoom(maps, self.step ** g.to(maps.dtype), outside="border"))
+        return on_maps(moved, lambda maps: zoom(maps, self.step ** g.double(), outside="border"))
 
 
 # --------------------------------------------------------------------------------- moving many maps, each in its own way
@@ -241,7 +243,7 @@ def rotate(x, g, orientations, outside="zeros"):
     turns = torch.stack([positions.rot90(q).flatten() for q in range(4)])                           # (4, H·H)
     x = read(x, turns[quarters]).unflatten(2, (side, side))
     if 4 % orientations:                                                                            # else rest is always 0
-        angle = rest * (math.pi / 2 / orientations)
+        angle = rest.double() * (math.pi / 2 / orientations)
         cos, sin = angle.cos(), angle.sin()
         turned = warp(x, torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1), outside)
         x = torch.where((rest == 0)[:, None, None, None], x, turned)

@@ -1,4 +1,4 @@
-"""Steerable convolutions and the MNIST backbone: encoders f with f(T_g x) = Γ_g f(x), Eq. (1), built in.
+"""Steerable convolutions and the MNIST backbone: encoders f with f(T_g x) = Γ_g f(x) built in.
 
 The filters follow SESN (Sosnovik et al., ICLR 2020): a learned combination of fixed Hermite-Gaussian functions,
 sampled once for every element of the group. The weights are shared by all elements; only the samples differ.

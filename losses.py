@@ -1,4 +1,4 @@
-"""NT-Xent, the contrastive objective I of Eqs. (2) and (3), exact on one process and on many.
+"""NT-Xent, the contrastive objective I, exact on one process and on many.
 
 Letters: N pairs of this process, D numbers per projection, R processes.
 """
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def nt_xent(h1, h2, temperature=0.1):
-    """Normalised temperature-scaled cross-entropy (paper.md section 3; SimCLR, Chen et al. 2020, Eq. 1).
+    """Normalised temperature-scaled cross-entropy (paper.md section 3; SimCLR, Chen et al. 2020).
 
     The 2N projections are l2-normalised. Each is classified against the other 2N - 1 with logits cos/τ, its partner
     being the right one; the loss is the mean over all 2N.

@@ -124,7 +124,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="a run's folder, the --out of train.py")
     parser.add_argument("--data-dir", help="folder of the data sets; the run's own when not given")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args()
     try:
         settings, checkpoint = load_run(args.run, args.device)
@@ -132,7 +132,8 @@ def main():
         encoder, _ = build(settings, data.train_images.shape[1], data.train_images.shape[-1])
         encoder.load_state_dict(checkpoint["encoder"])
     except (ValueError, KeyError, RuntimeError) as error:
-        sys.exit_code = 2
+        if isinstance(error, KeyError):
+            error = f"{args.run} was not written by train.py: its files hold no {error}"
         print(f"probe.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     result = probe(encoder.to(args.device), data, settings["probe_grid"], settings["probe_epochs"], settings["probe_lr"],

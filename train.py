@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def parse(argv=None):
     p = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--dataset", choices=DEFAULTS, default="glyphs", help="glyphs is drawn on the spot, the others are downloaded")
-    add("--method", choices=("h-ssl", "a-ssl", "frozen", "supervised"), default="h-ssl", help="Eq. (3), Eq. (2), no training, or labels")
+    add("--method", choices=("h-ssl", "a-ssl", "frozen", "supervised"), default="h-ssl", help="views from features, views from images, no training, or labels")
     add("--group", choices=GROUP_DEFAULTS, help="what views differ by; default: the data set's")
     add("--epochs", type=number(int, 1), help="passes over the training images; default: the data set's (mnist: 500)")
     add("--batch-size", type=number(int, 2), help="images per step, over all processes; default: the data set's (mnist: 4096)")
@@ -123,7 +124,7 @@ def parse(argv=None):
 
 
 class ProjectionHead(nn.Sequential):
-    """h of Eqs. (2) and (3): a view (B, C, S, H, W) -> its readout -> two linear layers -> (B, D)."""
+    """h: a view (B, C, S, H, W) -> its readout -> two linear layers -> (B, D)."""
 
     def __init__(self, width, hidden, out, grid):
         super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out))
@@ -146,8 +147,9 @@ class Objective(nn.Module):
 
 
 def make_objective(args, encoder, group, data):
+    """Put the method's head and loss behind an encoder (on the CPU, before training)."""
     with torch.no_grad():                                      # to learn how wide the features are
-        z = encoder.eval()(data.batch(data.train_images, torch.zeros(2, dtype=torch.long, device=data.train_images.device)).cpu())
+        z = encoder.eval()(torch.zeros(1, *data.train_images.shape[1:]))
     encoder.train()
     if args.method in ("supervised", "frozen"):
         classifier = nn.Linear(represent(z, args.probe_grid).shape[1], data.classes)
@@ -221,7 +223,7 @@ def main(args):
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     chief = rank == 0
     torch.manual_seed(args.seed)
     try:
@@ -253,6 +255,8 @@ def main(args):
     warmup = round(args.warmup_epochs * steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, warmup, epochs * steps))
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
+    # The scaler leaves out steps that overflow, usually the very first; PyTorch then takes the schedule to be ahead.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     parts = dict(encoder=encoder, head=objective.head, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
     step, first_epoch = 0, 0
     if checkpoint:
@@ -274,8 +278,8 @@ def main(args):
         for i in range(steps):
             index = order[i * args.batch_size + rank * share:][:share]                              # (b,)
             x = data.batch(data.train_images, index)                                                # (b, C, H, W)
-            g1, g2 = elements[pairs[choice[index]]].unbind(1)
-            target = (data.train_labels[index],) if args.method == "supervised" else (g1, g2)
+            views = elements[pairs[choice[index]]].unbind(1)                                        # g1, g2: an element per image
+            target = [data.train_labels[index]] if args.method == "supervised" else views
             with torch.autocast(args.device, getattr(torch, args.amp, None), enabled=args.amp != "off"):
                 loss = model(x, *target)
             optimizer.zero_grad()

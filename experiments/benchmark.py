@@ -91,7 +91,7 @@ def main():
         print(f"| {group} | {a:.3f} | {h:.3f} | {ratio:.2f} |", flush=True)
     print("\n| convolution 7x7, forward and backward | layer, s | conv2d, s | ratio |\n| --- | --- | --- | --- |")
     one, two, three = 32, 63, 95                                                   # the full MNIST backbone's shapes
-    batch = max(1, args.batch // 16)
+    batch = max(1, args.batch // 4)
     for group, elements, extent in (("translation", 1, 1), ("rotation", 4, 4), ("scale", 3, 1)):
         for name, shape in (("lifting", (1, one, 28, batch, True)), ("second", (one, two, 14, batch, False)), ("third", (two, three, 7, batch, False))):
             layer, plain, ratio = compare(*convolution(group, elements, extent, *shape), args.rounds)

@@ -102,12 +102,6 @@ def test_schedule():
     assert train.schedule(0, 0, 30) == 1
 
 
-def test_rate_per_256_images():
-    assert train.parse([]).lr == 0.1 and not train.parse([]).lr_per_256
-    mnist = train.parse(["--dataset", "mnist"])
-    assert (mnist.epochs, mnist.batch_size, mnist.lr, mnist.temperature, mnist.warmup_epochs, mnist.weight_decay) == (500, 4096, 0.1, 0.1, 10, 1e-4)
-
-
 def test_probe_notices_a_moving_encoder():
     """The guard fires when a forward pass changes a buffer of the encoder."""
     some = data.load("glyphs", "unused", train_images=50)
