@@ -38,7 +38,8 @@ TABLES = {
         "h-ssl grid 1, 2046 negatives": f"{SMALL} --grid 1 --epochs 48 --warmup-epochs 4 --batch-size 1024",
         "h-ssl grid 1, twice the channels": f"{SMALL} --grid 1 --epochs 10 --batch-size 256 --widths 8 16 32",
     }, (0, 1)),
-    "glyphs": ({"glyphs": ""}, (0, 1, 2)),
+    "glyphs": ({"h-ssl": "", "a-ssl": "--method a-ssl", "supervised": "--method supervised", "h-ssl, temperature 0.1": "--temperature 0.1",
+                "h-ssl, grid 1": "--grid 1"}, (0, 1, 2)),
 }
 
 

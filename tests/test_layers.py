@@ -1,0 +1,129 @@
+"""Layers against the same sums written as loops, and the sizes that they refuse."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hssl import Rotation, Scale, Translation, allowed_pairs, crop, readout
+from layers import GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement, steerable_basis
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def by_loops(layer, x, cyclic):
+    """y(g) = bias + Σ_e conv2d( x(g + e), Σ_k weight[:, :, e, k] basis[k, g] ), one element and offset at a time."""
+    elements, side = layer.basis.shape[1], layer.basis.shape[2]
+    outputs = []
+    for g in range(elements):
+        y = layer.bias[None, :, None, None]
+        for e in range(layer.extent):
+            if g + e < elements or cyclic:
+                kernel = sum(layer.weight[:, :, e, k, None, None] * layer.basis[k, g] for k in range(layer.basis.shape[0]))
+                y = y + F.conv2d(x[:, :, (g + e) % elements], kernel, padding=side // 2)
+        outputs.append(y)
+    return torch.stack(outputs, 2)
+
+
+@pytest.mark.parametrize("group, elements, extent", [("rotation", 4, e) for e in (1, 2, 3, 4)] + [("scale", 3, e) for e in (1, 2, 3)]
+                         + [("translation", 1, 1)])
+def test_group_convolution(group, elements, extent):
+    layer = GroupConv2d(2, 3, steerable_basis(group, elements, 5, 2, 0.9), extent, cyclic=group == "rotation")
+    nn.init.normal_(layer.bias)
+    x = torch.randn(2, 2, elements, 8, 8)
+    torch.testing.assert_close(layer(x), by_loops(layer, x, group == "rotation"), rtol=1e-12, atol=1e-12)
+
+
+def test_lifting_convolution():
+    """Lifting is the group layer on an image that is the same at every element."""
+    basis = steerable_basis("scale", 3, 7, 3, 0.9)
+    layer = LiftingConv2d(2, 3, basis)
+    nn.init.normal_(layer.bias)
+    x = torch.randn(2, 2, 8, 8)
+    torch.testing.assert_close(layer(x), by_loops(layer, x[:, :, None].expand(-1, -1, 3, -1, -1), False), rtol=1e-12, atol=1e-12)
+
+
+def test_batch_norm_statistics_are_per_channel():
+    """PerElement(BatchNorm2d) normalises each channel over (B, G, H, W)."""
+    x = torch.randn(3, 2, 4, 5, 5) * 3 + 1
+    y = PerElement(nn.BatchNorm2d(2))(x)
+    mean, var = x.mean((0, 2, 3, 4), keepdim=True), x.var((0, 2, 3, 4), keepdim=True, unbiased=False)
+    torch.testing.assert_close(y, (x - mean) / (var + 1e-5).sqrt(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("group, elements", (("translation", 1), ("rotation", 4), ("scale", 3)))
+def test_backbone_shape_and_layout(group, elements):
+    """(B, 1, 28, 28) -> (B, C, G, 7, 7), with G before C in memory so that folding it never copies."""
+    z = MNISTBackbone(group, elements, (2, 3, 5))(torch.randn(2, 1, 28, 28))
+    assert z.shape == (2, 5, elements, 7, 7) and z.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("make, message", (
+    (lambda: steerable_basis("shear", 1, 5, 2, 1.0), "must be one of"),
+    (lambda: steerable_basis("translation", 2, 5, 2, 1.0), "exactly 1"),
+    (lambda: steerable_basis("rotation", 4, 4, 2, 1.0), "odd"),
+    (lambda: steerable_basis("rotation", 4, 5, 0, 1.0), "effective_size >= 1"),
+    (lambda: steerable_basis("scale", 3, 1, 3, 1.0), "vanishes"),
+    (lambda: GroupConv2d(1, 1, steerable_basis("rotation", 4, 5, 2, 1.0), extent=5), "1 to 4"),
+    (lambda: LiftingConv2d(1, 1, steerable_basis("rotation", 4, 5, 2, 1.0), padding_mode="mirror"), "'circular'"),
+    (lambda: MNISTBackbone(widths=(1, 2)), "three positive"),
+    (lambda: MNISTBackbone(widths=(1, 1, 1))(torch.zeros(1, 1, 30, 28)), "divisible by 4"),
+    (lambda: Translation(7, 8, 4), "1 to 7"), (lambda: Rotation(4, 5), "1 to 4"), (lambda: Scale(3, 1.41, 2, first=2), "from index 2"),
+    (lambda: Rotation(4).T(torch.tensor([1]), torch.zeros(1, 1, 4, 5)), "square"),
+    (lambda: allowed_pairs(Translation(7, 7, 4)), "two group elements"),
+))
+def test_what_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# -------------------------------------------------------------------------------------------------------------- the groups
+
+def test_distances_and_pairs():
+    """Pairs are all (g1, g2) with 1 <= distance <= the largest; the rotation and circular axes close."""
+    rotation, window, circular, scale = Rotation(8), Translation(7, 4, 4), Translation(7, 4, 4, circular=True), Scale(4, 1.41)
+    assert rotation.distance(torch.tensor(1), torch.tensor(7)) == 2 and len(allowed_pairs(rotation, 1)) == 16
+    assert len(window.elements) == 16 and len(allowed_pairs(window)) == 16 * 15
+    assert circular.distance(torch.tensor([0, 0]), torch.tensor([6, 3])) == 3 and len(allowed_pairs(circular, 1)) == 49 * 8
+    assert scale.elements.tolist() == [-2, -1, 0, 1] and len(allowed_pairs(scale, 1)) == 6
+
+
+@pytest.mark.parametrize("circular", (False, True))
+def test_crop(circular):
+    """Against one padded or rolled image at a time."""
+    x, corner = torch.randn(6, 2, 5, 7), torch.randint(-4, 5, (6, 2))
+    for image, (top, left), window in zip(x, corner.tolist(), crop(x, corner, (3, 4), circular)):
+        if circular:
+            expected = image.roll((-top, -left), (1, 2))[:, :3, :4]
+        else:
+            expected = F.pad(image, (10, 10, 10, 10))[:, top + 10:top + 13, left + 10:left + 14]
+        assert torch.equal(window, expected)
+
+
+def test_quarter_turns_and_enlargements_of_images():
+    """T_g turns counter-clockwise as torch.rot90 does, and enlarging by 2 doubles distances from the centre."""
+    x = torch.randn(4, 2, 6, 6)
+    turned = Rotation(4).T(torch.arange(4), x)
+    assert all(torch.equal(turned[q], x[q].rot90(q, (-2, -1))) for q in range(4))
+    assert torch.equal(Rotation(8).T(torch.tensor([2, 0, 6, 4]), x), torch.stack([x[0].rot90(1, (-2, -1)), x[1], x[2].rot90(3, (-2, -1)),
+                                                                              x[3].rot90(2, (-2, -1))]))
+    ramp = torch.arange(-3.5, 4)[None, None, None].expand(1, 1, 8, 8)                              # value = x coordinate
+    torch.testing.assert_close(Scale(3, 2.0).T(torch.tensor([1]), ramp)[0, 0, 3], torch.arange(-3.5, 4) / 2)
+
+
+def test_scale_beyond_the_axis_is_zero():
+    """Γ_g moves scale s to s + g; scales that would come from beyond the axis are zero."""
+    z = torch.rand(1, 2, 3, 4, 4) + 1
+    moved = Scale(3, 1.41).Γ(torch.tensor([1]), z)
+    assert (moved[:, :, 0] == 0).all() and (moved[:, :, 1:] > 0).all()
+
+
+def test_readout_keeps_the_layout():
+    view = torch.randn(2, 3, 2, 4, 4)
+    assert readout(view).shape == (2, 96) and readout(view, 2).shape == (2, 24)
+    torch.testing.assert_close(readout(view, 1), view.mean((3, 4)).transpose(1, 2).flatten(1))
