@@ -66,15 +66,18 @@ def number(kind, low, above=False):
 
 
 def parse(argv=None):
-    p = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
+    p = Parser(description=__doc__.split("\n")[0])
+
+    def add(flag, help, default=None, **options):
+        p.add_argument(flag, help=help + ("" if default is None else " (default: %(default)s)"), default=default, **options)
+
     add("--dataset", choices=DEFAULTS, default="glyphs", help="glyphs is drawn on the spot, the others are downloaded")
     add("--method", choices=("h-ssl", "a-ssl", "frozen", "supervised"), default="h-ssl", help="views from features, views from images, no training, or labels")
     add("--group", choices=GROUP_DEFAULTS, help="what views differ by; default: the data set's")
     add("--epochs", type=number(int, 1), help="passes over the training images; default: the data set's (mnist: 500)")
     add("--batch-size", type=number(int, 2), help="images per step, over all processes; default: the data set's (mnist: 4096)")
     add("--lr", type=number(float, 0, above=True), default=0.1, help="peak learning rate of LARS")
-    add("--lr-per-256", action="store_true", help="--lr is meant per 256 images: multiply it by batch-size / 256")
+    add("--lr-per-256", action="store_true", default=False, help="--lr is meant per 256 images: multiply it by batch-size / 256")
     add("--warmup-epochs", type=number(float, 0), help="linear warm-up, by step; default: the data set's (mnist: 10)")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="of all weights with more than one dimension")
     add("--momentum", type=number(float, 0), default=0.9, help="of LARS")
@@ -84,7 +87,7 @@ def parse(argv=None):
     add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
     add("--train-images", type=number(int, 1), help="use only the first so many training images; default: all")
     add("--out", help="the run's folder; default: runs/DATASET-METHOD-GROUP-SEED")
-    add("--resume", action="store_true", help="continue the run in --out from its checkpoint, if it has one")
+    add("--resume", action="store_true", default=False, help="continue the run in --out from its checkpoint, if it has one")
     add("--save-every", type=number(int, 1), default=10, help="epochs between checkpoints")
     add("--log-every", type=number(int, 1), default=10, help="steps between lines of log.jsonl")
     add("--amp", choices=("float16", "bfloat16", "off"), help="half precision; default: float16 on cuda, off on cpu")
