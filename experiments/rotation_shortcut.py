@@ -2,7 +2,8 @@
 
     python experiments/rotation_shortcut.py --data-dir DATASETS [--runs runs/trials]
 
-For each run, on the MNIST test images (before / after training; mean over seeds):
+writes experiments/results/rotation_shortcut.json and prints, for each run on 5,000 MNIST test images, before / after
+training (mean over seeds):
 
     top-1         of the detached classifier on the encoder's representation
     ink           R² of the image's mean brightness, read linearly from the encoder's features averaged over positions
@@ -74,6 +75,9 @@ def main():
             values["top1"] = top1
         table[run.name.removeprefix("readouts-").rsplit("-", 1)[0]].append(objectives)
     columns = ("top1", "ink", "ink_in_h", "oriented", "rank")
+    results = Path(__file__).resolve().parent / "results"
+    results.mkdir(exist_ok=True)
+    (results / "rotation_shortcut.json").write_text(json.dumps(table, indent=1) + "\n")
     print("| run | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
     for name, runs in table.items():
         cells = [[statistics.mean(r[when][c] for r in runs) for when in (0, 1)] for c in columns]

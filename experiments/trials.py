@@ -1,6 +1,6 @@
 """Small trainings on a CPU, one table a command. Each table is a list of runs of train.py; finished runs are kept.
 
-    python experiments/trials.py {groups,rates,readouts,glyphs} --data-dir DATASETS [--jobs 2] [--runs runs/trials]
+    python experiments/trials.py {groups,rates,trust,readouts,glyphs} --data-dir DATASETS [--jobs 2] [--runs runs/trials]
 
 writes experiments/results/TABLE.json (each run's settings and results, the machine, the torch version) and prints the
 table: mean and standard deviation over whole trainings, one per seed.
@@ -30,6 +30,9 @@ TABLES = {
     # Over half of the paper's 7,000 steps, with a batch that a CPU can afford: 1.6 is what 0.1 per 256 makes at batch 4096.
     "rates": ({f"lr {lr}": f"--dataset mnist --train-images 10000 --widths 8 16 32 --kernel-size 5 --batch-size 256 --epochs 100 "
                            f"--warmup-epochs 2 --lr {lr}" for lr in (0.1, 1.6)}, (0, 1)),
+    # The same product of the two, so the same steps of the weights; but biases and norms take the bare rate.
+    "trust": ({f"lr {lr}, trust coefficient {trust}": f"{MNIST} {WIDTHS['translation']} --lr {lr} --trust-coefficient {trust}"
+               for lr, trust in ((0.1, 0.03), (3, 0.001))}, (0, 1, 2)),
     "readouts": ({
         **{f"{m} grid {grid}": f"{SMALL} --method {m} --grid {grid} --epochs 10 --batch-size 256"
            for m, grid in (("h-ssl", 0), ("h-ssl", 2), ("h-ssl", 1), ("a-ssl", 1))},
