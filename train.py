@@ -66,7 +66,7 @@ def number(kind, low, above=False):
 
 
 def parse(argv=None):
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
 
     def add(flag, help, default=None, **options):
         p.add_argument(flag, help=help + ("" if default is None else " (default: %(default)s)"), default=default, **options)
