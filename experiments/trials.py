@@ -8,7 +8,6 @@ table: mean and standard deviation over whole trainings, one per seed.
 import argparse
 import itertools
 import json
-import math
 import os
 import platform
 import statistics
@@ -89,7 +88,7 @@ def main():
     print(f"{len(seeds)} seeds, {record['machine']}, torch {torch.__version__}\n\n| run | frozen | trained |\n| --- | --- | --- |")
     for name in rows:
         columns = [[r[key] for n, _, _, r in results if n == name] for key in ("frozen_top1", "top1")]
-        print(f"| {name} | " + " | ".join(f"{statistics.mean(c):.2f} ± {statistics.stdev(c) if len(c) > 1 else math.nan:.2f}" for c in columns) + " |")
+        print(f"| {name} | " + " | ".join(f"{statistics.mean(c):.2f}" + (f" ± {statistics.stdev(c):.2f}" if len(c) > 1 else "") for c in columns) + " |")
 
 
 if __name__ == "__main__":
