@@ -3,7 +3,8 @@
     python experiments/benchmark.py [--batch 512] [--rounds 7] [--threads 2]
 
 (a) a whole training step at the MNIST backbone, A-SSL over H-SSL, for each group;
-(b) the steerable convolutions, forward and backward, over plain conv2d with kernels of the expanded shape.
+(b) reading both views from the features, over the encoder's own pass, both forward and backward;
+(c) the steerable convolutions, forward and backward, over plain conv2d with kernels of the expanded shape.
 """
 import argparse
 import statistics
@@ -53,6 +54,15 @@ def training_step(method, group, batch, widths):
     return step
 
 
+def views_and_encoder(name, batch, widths):
+    args = parse(["--dataset", "mnist", "--device", "cpu", "--group", name, "--widths", *map(str, widths)])
+    encoder, group = build(vars(args), 1, 28)
+    x, pairs = torch.randn(batch, 1, 28, 28), allowed_pairs(group)
+    g1, g2 = group.elements[pairs[torch.randint(len(pairs), (batch,))]].unbind(1)
+    z = encoder(x).detach().requires_grad_()
+    return (lambda: (group.view(g1, z).sum() + group.view(g2, z).sum()).backward(), lambda: encoder(x).sum().backward())
+
+
 def convolution(group, elements, extent, channels_in, channels_out, side, batch, lifting):
     """The layer, and conv2d with a ready kernel of the same expanded shape, forward and backward."""
     basis = steerable_basis(group, elements, 7, 3, 0.9)
@@ -81,7 +91,7 @@ def main():
     parser.add_argument("--batch", type=int, default=512, help="images")
     parser.add_argument("--rounds", type=int, default=7, help="of which the median is taken")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--widths", type=int, nargs=3, default=(8, 16, 24), help="of the backbone in (a)")
+    parser.add_argument("--widths", type=int, nargs=3, default=(8, 16, 24), help="of the backbone in (a) and (b)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, batch {args.batch}, median of {args.rounds} rounds\n")
@@ -89,6 +99,10 @@ def main():
     for group in ("translation", "rotation", "scale"):
         a, h, ratio = compare(*(training_step(m, group, args.batch, args.widths) for m in ("a-ssl", "h-ssl")), args.rounds)
         print(f"| {group} | {a:.3f} | {h:.3f} | {ratio:.2f} |", flush=True)
+    print("\n| both views over the encoder | views, s | encoder, s | ratio |\n| --- | --- | --- | --- |")
+    for group in ("translation", "rotation", "scale"):
+        views, encoder, ratio = compare(*views_and_encoder(group, args.batch, args.widths), args.rounds)
+        print(f"| {group} | {views:.4f} | {encoder:.4f} | {ratio:.3f} |", flush=True)
     print("\n| convolution 7x7, forward and backward | layer, s | conv2d, s | ratio |\n| --- | --- | --- | --- |")
     one, two, three = 32, 63, 95                                                   # the full MNIST backbone's shapes
     batch = max(1, args.batch // 4)
