@@ -43,14 +43,14 @@ GROUP_DEFAULTS = {
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):                                  # one line, and only once under torchrun
+    def error(self, message):
         stop(message)
 
 
 def stop(message):
-    """Say in one line what is wrong with the input, and exit with status 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr)
+    """Say in one line what is wrong with the input, under torchrun also in which process, and exit with status 2."""
+    process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+    print(f"train.py{process}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 

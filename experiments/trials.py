@@ -19,6 +19,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data as datasets                                                                              # noqa: E402
+
 MNIST = "--dataset mnist --train-images 10000 --batch-size 512 --epochs 8 --warmup-epochs 1 --trust-coefficient 0.03"
 WIDTHS = {"translation": "--widths 16 32 64 --kernel-size 5", "rotation": "--widths 8 16 32 --kernel-size 5",
           "scale": "--widths 8 16 32 --kernel-size 7"}
@@ -77,6 +80,8 @@ def main():
         out = Path(args.runs) / f"{args.table}-{name.replace(' ', '-').replace(',', '')}-{seed}"
         return name, flags, seed, run(flags, seed, out, args.data_dir)
 
+    if args.table != "glyphs":
+        datasets.load("mnist", args.data_dir)                          # downloaded once, before several runs would
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(one, itertools.product(rows.items(), seeds)))
     record = dict(machine=f"{platform.machine()}, {os.cpu_count()} cores", torch=torch.__version__,

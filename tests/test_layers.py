@@ -116,6 +116,19 @@ def test_quarter_turns_and_enlargements_of_images():
     torch.testing.assert_close(Scale(3, 2.0).T(torch.tensor([1]), ramp)[0, 0, 3], torch.arange(-3.5, 4) / 2)
 
 
+@pytest.mark.parametrize("group, elements", (
+    (Translation(7, 4, 4), 1), (Translation(7, 3, 4, circular=True), 1), (Rotation(4), 4), (Rotation(8, 3), 8), (Scale(3, 1.41), 3),
+    (Scale(4, 1.41, 2), 4), (Scale(3, 1.41, first=0), 3)))
+def test_a_view_is_the_base_of_moved_features(group, elements):
+    """view(g, z) = base(Γ(g, z)) for every element, and view = base where g is the identity."""
+    g = group.elements
+    z = torch.randn(len(g), 2, elements, 7, 7)
+    torch.testing.assert_close(group.view(g, z), group.base(group.Γ(g, z)), rtol=0, atol=0)
+    identity = (g.reshape(len(g), -1) == 0).all(1)
+    assert identity.sum() == 1
+    torch.testing.assert_close(group.view(g, z)[identity], group.base(z)[identity], rtol=1e-12, atol=1e-12)
+
+
 def test_scale_beyond_the_axis_is_zero():
     """Γ_g moves scale s to s + g; scales that would come from beyond the axis are zero."""
     z = torch.rand(1, 2, 3, 4, 4) + 1
