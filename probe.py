@@ -103,6 +103,18 @@ def probe(encoder, data, grid=2, epochs=100, lr=0.01, batch_size=1000, seed=0):
                 dimensions=x.shape[1])
 
 
+def probe_as_set(settings, encoder, data):
+    """`probe` with a run's own settings (a dict, see `build`)."""
+    return probe(encoder, data, settings["probe_grid"], settings["probe_epochs"], settings["probe_lr"], seed=settings["seed"])
+
+
+def write_result(run, settings, encoder, data, frozen_top1, epoch):
+    """Probe a run's encoder as it is after `epoch` epochs, and write RUN/probe.json; returns what is written, a dict."""
+    result = probe_as_set(settings, encoder, data) | dict(frozen_top1=frozen_top1, method=settings["method"], epoch=epoch)
+    (Path(run) / "probe.json").write_text(json.dumps(result) + "\n")
+    return result
+
+
 def load_run(run, device="cpu"):
     """Read a run's settings and checkpoint: (dict, dict).
 
@@ -136,11 +148,7 @@ def main():
             error = f"{args.run} was not written by train.py: its files hold no {error}"
         print(f"probe.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    result = probe(encoder.to(args.device), data, settings["probe_grid"], settings["probe_epochs"], settings["probe_lr"],
-                   seed=settings["seed"])
-    result.update(frozen_top1=checkpoint["frozen_top1"], method=settings["method"], epoch=checkpoint["epoch"])
-    (Path(args.run) / "probe.json").write_text(json.dumps(result) + "\n")
-    print(json.dumps(result))
+    print(json.dumps(write_result(args.run, settings, encoder.to(args.device), data, checkpoint["frozen_top1"], checkpoint["epoch"])))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def main():
             if trained:
                 encoder.load_state_dict(checkpoint["encoder"])
                 objective.head.load_state_dict(checkpoint["head"])
-            else:                                                                                   # the same start, as train.py made it
+            else:                                                                                   # the same weights as at the start; statistics of these images
                 torch.optim.swa_utils.update_bn(images.split(1000), encoder)
             objectives.append(look(objective, group, images, settings))
         result = json.loads((run / "probe.json").read_text())
