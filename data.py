@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torchvision import datasets
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,29 @@ def load(name, folder, device="cpu", train_images=None):
 
 
 def mnist(folder):
-    """MNIST through torchvision: 60,000 training and 10,000 test images, 1x28x28, 10 classes."""
-    try:
-        train, test = (datasets.MNIST(folder, train=part, download=True) for part in (True, False))
-    except (RuntimeError, ValueError, OSError, EOFError) as error:
-        raise ValueError(
-            f"cannot download or read MNIST ({' '.join(str(error).split())}); expected in {Path(folder) / 'MNIST' / 'raw'}: "
-            "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte, each as "
-            "it is or as .gz") from None
-    return Dataset(train.data[:, None], train.targets, test.data[:, None], test.targets, classes=10, mean=0.0, std=0.3081)
+    """MNIST through torchvision: 60,000 training and 10,000 test images, 1x28x28, 10 classes.
+
+    Raises:
+        ValueError: in one line that names the files, if they cannot be downloaded or read or do not fit each other.
+    """
+    from torchvision import datasets                                  # here, for it takes a second or two, and glyphs need none of it
+
+    raw, splits = Path(folder) / "MNIST" / "raw", []
+    files = {part: [raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"] for part in ("train", "t10k")}
+    for part, (images_file, labels_file) in files.items():
+        try:
+            split = datasets.MNIST(folder, train=part == "train", download=True)
+            images, labels = split.data, split.targets
+            if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+                raise ValueError(f"{len(labels)} labels up to {labels.max()} for images {tuple(images.shape)}")
+        except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:     # torchvision raises them all
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            if not all(path.is_file() for pair in files.values() for path in pair):
+                names = ", ".join(path.name for pair in files.values() for path in pair)
+                raise ValueError(f"cannot download MNIST ({reason}); put these into {raw}, as they are or as .gz: {names}") from None
+            raise ValueError(f"{images_file} or {labels_file.name} is damaged ({reason}): delete both to download them again") from None
+        splits += images[:, None], labels
+    return Dataset(*splits, classes=10, mean=0.0, std=0.3081)
 
 
 # ------------------------------------------------------------------------------------------------------------------ glyphs

@@ -55,8 +55,8 @@ def allowed_pairs(group, max_distance=None):
         allowed &= distance <= max_distance
     if not allowed.any():
         apart = "" if max_distance is None else f" at most {max_distance} apart"
-        raise ValueError(f"a positive pair needs two group elements{apart}, and there are {len(group.elements)} elements in "
-                         "all: take a smaller base space, more elements or a larger distance")
+        raise ValueError(f"a positive pair needs two group elements{apart}, and these settings leave "
+                         f"{len(group.elements)}: take a smaller base space, more elements or a larger distance")
     return allowed.nonzero()
 
 
@@ -69,6 +69,17 @@ def readout(view, grid=0):
     """
     maps = view.transpose(1, 2).flatten(1, 2)                                                       # (B, S·C, H, W)
     return (F.adaptive_avg_pool2d(maps, grid) if grid else maps).flatten(1)
+
+
+class ProjectionHead(torch.nn.Sequential):
+    """h: a view (B, C, S, H, W) -> its readout -> two linear layers -> (B, D). `width` is the readout's."""
+
+    def __init__(self, width, hidden, out, grid):
+        super().__init__(torch.nn.Linear(width, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, out))
+        self.grid = grid
+
+    def forward(self, view):
+        return super().forward(readout(view, self.grid))
 
 
 # ------------------------------------------------------------------------------------------------------------- translation

@@ -87,7 +87,7 @@ def steerable_basis(group, elements, kernel_size, effective_size, sigma, scale_s
             samples.append(torch.stack([hermite_gaussian(u, v, n, m, sigma) for n, m in orders]))
     basis = torch.stack(samples, dim=1)                                                             # (K, G, k, k)
     norm = basis[:, :1].square().sum((2, 3), keepdim=True).sqrt()
-    if (norm < 1e-12).any():
+    if not (norm > 1e-12).all():                                # nor is any nan
         raise ValueError(f"a basis function vanishes on a {kernel_size}x{kernel_size} kernel with sigma {sigma}: "
                          "take a larger kernel_size or a smaller effective_size")
     return basis / norm

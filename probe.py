@@ -2,12 +2,15 @@
 
     python probe.py RUN
 
-reads RUN/config.json and RUN/checkpoint.pt, which train.py wrote, trains the classifier, and writes RUN/probe.json.
+reads RUN/checkpoint.pt, which train.py wrote, trains the classifier, and writes RUN/probe.json. What both command lines
+need, refusing bad input, whole files and reading checkpoints, is here too.
 
 Letters: N images, D numbers per representation, C channels, G group axis, H W space.
 """
 import argparse
+import contextlib
 import json
+import os
 import pickle
 import sys
 import zipfile
@@ -34,6 +37,8 @@ def build(settings, channels, side):
     s = settings
     encoder = MNISTBackbone(s["group"], s["elements"], s["widths"], channels, s["kernel_size"], s["effective_size"],
                             s["sigma"], s["scale_step"], s["extent"], s["padding"])
+    if s["kernel_size"] > side:
+        raise ValueError(f"--kernel-size {s['kernel_size']} is larger than the {side}x{side} images")
     if side % encoder.stride:
         raise ValueError(f"images are {side}x{side}, but the encoder needs a side divisible by {encoder.stride}")
     if s["group"] == "translation":
@@ -111,44 +116,131 @@ def probe_as_set(settings, encoder, data):
 def write_result(run, settings, encoder, data, frozen_top1, epoch):
     """Probe a run's encoder as it is after `epoch` epochs, and write RUN/probe.json; returns what is written, a dict."""
     result = probe_as_set(settings, encoder, data) | dict(frozen_top1=frozen_top1, method=settings["method"], epoch=epoch)
-    (Path(run) / "probe.json").write_text(json.dumps(result) + "\n")
+    write_whole(Path(run) / "probe.json", json.dumps(result).encode() + b"\n")
     return result
 
 
-def load_run(run, device="cpu"):
-    """Read a run's settings and checkpoint: (dict, dict).
+# ------------------------------------------------------------------------------- files, and what the two commands refuse
+
+def write_whole(path, content):
+    """Write bytes to a file whole or not at all: to a temporary file beside it, flushed to the disk, then renamed.
+
+    Whatever comes between, a kill or a full disk, path keeps its old content until the new one is complete.
 
     Raises:
-        ValueError: in one line, if the folder holds no run or its files cannot be read.
+        OSError: naming path, when it cannot be written.
     """
-    config, checkpoint = Path(run) / "config.json", Path(run) / "checkpoint.pt"
-    for file in (config, checkpoint):
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: {run} is not the folder of a run that train.py has saved")
+    path, temporary = Path(path), Path(f"{path}.tmp")
     try:
-        settings = json.loads(config.read_text())
-        return settings, torch.load(checkpoint, map_location=device, weights_only=True)
-    except (ValueError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot read the run in {run}: {' '.join(str(error).split())[:200]}") from None
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)                  # the rename itself is on the disk once its folder is
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()                                      # give a full disk its room back
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+PARTS = ("encoder", "head", "optimizer", "scheduler", "scaler")     # of a checkpoint: one state_dict each
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of train.py to the CPU: a dict of PARTS, settings, step, epoch, epoch_loss, overflows,
+    frozen_top1 and random.
+
+    Only tensors and plain values are read (weights_only), so that no file can run code, and every stored checksum is
+    compared.
+
+    Raises:
+        ValueError: in one line, if the file is missing, damaged, or not such a checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"wrong checksum in {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: train.py has saved no checkpoint there yet, or this is not a run's folder") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds more than tensors and plain values: it is not of train.py, and was not loaded") from None
+    except Exception as error:                                      # a damaged file can fail in any way
+        raise ValueError(f"{path} is damaged or not a checkpoint ({error}): use a copy of it, or train again") from None
+    keys = {*PARTS, "settings", "step", "epoch", "epoch_loss", "overflows", "frozen_top1", "random"}
+    if not (isinstance(checkpoint, dict) and keys <= checkpoint.keys() and isinstance(checkpoint["settings"], dict)):
+        raise ValueError(f"{path} is not a checkpoint of train.py, which holds {', '.join(sorted(keys))}")
+    return checkpoint
+
+
+def read_run(settings):
+    """Find what a training with these settings (train.py's flags as a dict) goes on from: a checkpoint, None for a new run.
+
+    Raises:
+        ValueError: in one line, for a folder that is not to be written to, a spoilt checkpoint, or one of other settings.
+    """
+    out = Path(settings["out"])
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: --out must name a folder")
+    held = {path.name for path in out.iterdir()} if out.exists() else set()
+    # torchrun --max-restarts starts the same command again after it lost a process.
+    if held and not (settings["resume"] or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))):
+        raise ValueError(f"{out} is not empty: continue its run with --resume, or choose another --out")
+    if "checkpoint.pt" not in held:
+        strange = held - {"config.json", "log.jsonl", "config.json.tmp", "log.jsonl.tmp", "checkpoint.pt.tmp"}
+        if strange:
+            raise ValueError(f"{out} holds {min(strange)} but no checkpoint.pt, so no run to continue: choose another --out")
+        return None
+    checkpoint = load_checkpoint(out / "checkpoint.pt")
+    made_with, free = checkpoint["settings"], {"resume", "out", "data_dir", "device", "save_every", "log_every"}
+    changed = [k for k, v in json.loads(json.dumps(settings)).items() if k not in free and made_with.get(k) != v]
+    if changed:
+        raise ValueError(f"{out} was made with " + ", ".join(f"--{k.replace('_', '-')} {made_with.get(k)}" for k in changed)
+                         + ": continue it with these, or choose another --out")
+    return checkpoint
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what is wrong is said in one line."""
+
+    def error(self, message):
+        stop(message)
+
+
+def stop(message, status=2):
+    """End the program with one line (none for None), under torchrun also naming the process, and a status (2: bad input)."""
+    process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+    if message is not None:
+        print(f"{Path(sys.argv[0]).name}{process}: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="a run's folder, the --out of train.py")
     parser.add_argument("--data-dir", help="folder of the data sets; the run's own when not given")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        stop("--device cuda needs a CUDA GPU, and PyTorch sees none: use --device cpu")
     try:
-        settings, checkpoint = load_run(args.run, args.device)
+        checkpoint = load_checkpoint(Path(args.run) / "checkpoint.pt")
+        settings = checkpoint["settings"]
         data = datasets.load(settings["dataset"], args.data_dir or settings["data_dir"], args.device, settings["train_images"])
         encoder, _ = build(settings, data.train_images.shape[1], data.train_images.shape[-1])
         encoder.load_state_dict(checkpoint["encoder"])
-    except (ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, KeyError):
-            error = f"{args.run} was not written by train.py: its files hold no {error}"
-        print(f"probe.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    print(json.dumps(write_result(args.run, settings, encoder.to(args.device), data, checkpoint["frozen_top1"], checkpoint["epoch"])))
+    except ValueError as error:
+        stop(error)
+    except (KeyError, TypeError, RuntimeError) as error:            # a file that only looks like a checkpoint
+        stop(f"{args.run}/checkpoint.pt does not fit this program ({type(error).__name__}: {str(error)[:200]})")
+    try:
+        print(json.dumps(write_result(args.run, settings, encoder.to(args.device), data, checkpoint["frozen_top1"], checkpoint["epoch"])))
+    except OSError as error:
+        stop(error)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,17 @@
     python train.py                                                     glyphs on a laptop's CPU, minutes
     torchrun --nproc_per_node=8 train.py --dataset mnist                the paper's configuration
 
+Exit status: 0 finished, 1 the loss diverged, 2 bad input or no room to save, 128 + signal when SIGTERM or SIGINT stopped
+it with all its steps saved (143, 130).
+
 Letters: B global batch, b batch of this process, C channels, H W space.
 """
 import argparse
+import io
 import json
 import math
 import os
+import signal
 import sys
 import time
 import warnings
@@ -22,10 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
 import data as datasets
-from hssl import a_ssl_loss, allowed_pairs, h_ssl_loss, readout
+from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, h_ssl_loss, readout
 from lars import LARS
 from losses import nt_xent
-from probe import build, load_run, probe_as_set, represent, write_result
+from probe import PARTS, Parser, build, probe_as_set, read_run, represent, stop, write_result, write_whole
 
 # What differs between data sets. For mnist, epochs to temperature are the paper's but for the trust coefficient, which it
 # does not state; the README says why the others are what they are.
@@ -41,18 +46,6 @@ GROUP_DEFAULTS = {
     "rotation": dict(elements=4, base_space=1),
     "scale": dict(elements=3, base_space=1),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        stop(message)
-
-
-def stop(message):
-    """Say in one line what is wrong with the input, under torchrun also in which process, and exit with status 2."""
-    process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
-    print(f"train.py{process}: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 def number(kind, low, above=False):
@@ -118,24 +111,13 @@ def parse(argv=None):
             setattr(args, name, value)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda needs a CUDA GPU, and PyTorch sees none: use --device cpu")
-    if args.device == "cpu" and args.amp == "float16":
-        p.error("--amp float16 needs --device cuda: use bfloat16 or off")
     if args.momentum >= 1:
         p.error(f"--momentum {args.momentum} must be below 1")
+    if args.seed >= 2**63:
+        p.error(f"--seed {args.seed} must be below 2**63")
     args.amp = args.amp or ("float16" if args.device == "cuda" else "off")
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.group}-{args.seed}"
     return args
-
-
-class ProjectionHead(nn.Sequential):
-    """h: a view (B, C, S, H, W) -> its readout -> two linear layers -> (B, D)."""
-
-    def __init__(self, width, hidden, out, grid):
-        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out))
-        self.grid = grid
-
-    def forward(self, view):
-        return super().forward(readout(view, self.grid))
 
 
 class Objective(nn.Module):
@@ -171,20 +153,12 @@ def schedule(step, warmup, total):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def save(path, state):
-    """Write to a temporary file and rename, so that the last checkpoint stays whole until the new one is."""
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 def prepare(args, rank, local_rank, world, device):
     """Everything that bad input can spoil: data, encoder, group, objective, and the run's folder with what it holds.
 
     Raises:
         ValueError: in one line.
     """
-    if args.batch_size % world:
-        raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: take a multiple of {world}")
     if local_rank == 0:                                        # one process of each machine downloads
         data = datasets.load(args.dataset, args.data_dir, device, args.train_images)
     if world > 1:
@@ -201,28 +175,27 @@ def prepare(args, rank, local_rank, world, device):
     objective = make_objective(args, encoder, group, data).to(device)
     pairs = allowed_pairs(group, args.max_distance)                                                 # (P, 2)
 
-    out, checkpoint = Path(args.out), None
-    if args.resume and (out / "checkpoint.pt").exists():
-        settings, checkpoint = load_run(out, device)
-        free = {"resume", "out", "data_dir", "device", "save_every", "log_every"}
-        changed = [k for k, v in json.loads(json.dumps(vars(args))).items() if k not in free and settings.get(k) != v]
-        if changed:
-            raise ValueError(f"{out} was made with other settings: " + ", ".join(
-                f"--{k.replace('_', '-')} {settings.get(k)}" for k in changed))
-    elif out.exists() and any(out.iterdir()) and not args.resume:
-        raise ValueError(f"{out} is not empty: continue its run with --resume, or choose another --out")
+    out, found = Path(args.out), [read_run(vars(args)) if rank == 0 else None]
     if world > 1:
-        dist.barrier()                                         # all have looked into the folder: now it may change
+        dist.broadcast_object_list(found)                      # all go on from what the first process read
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(vars(args) | dict(torch=torch.__version__, processes=world), indent=1) + "\n")
-    return data, group, objective, pairs, checkpoint
+        config = vars(args) | dict(torch=torch.__version__, processes=world)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_whole(out / "config.json", json.dumps(config, indent=1).encode() + b"\n")
+        except OSError as error:
+            raise ValueError(f"cannot write into --out {out}: {error}") from None
+    return data, group, objective, pairs, found[0]
 
 
 def main(args):
     # ---- processes: one under python, several under torchrun
     rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     cuda = args.device == "cuda"
+    if args.batch_size % world:
+        stop(f"--batch-size {args.batch_size} cannot be shared by {world} processes: take a multiple of {world}")
+    if cuda and local_rank >= torch.cuda.device_count():
+        stop(f"{torch.cuda.device_count()} GPUs are too few for torchrun's --nproc_per_node: one process each, or --device cpu")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -232,8 +205,10 @@ def main(args):
     torch.manual_seed(args.seed)
     try:
         data, group, objective, pairs, checkpoint = prepare(args, rank, local_rank, world, device)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         stop(error)
+    except OverflowError:
+        stop("--sigma, --scale-step and --elements give filters of a size beyond floating point: take smaller ones")
     out, encoder, images = Path(args.out), objective.encoder, len(data.train_images)
 
     # ---- the frozen encoder: batch norm sees the training images once, then the detached classifier
@@ -246,57 +221,94 @@ def main(args):
 
     # ---- optimizer, schedule, half precision, processes
     epochs = 0 if args.method == "frozen" else args.epochs
-    steps = images // args.batch_size                          # an epoch's; a last, incomplete batch is left out
+    steps = max(1, images // args.batch_size)                  # an epoch's; a last, incomplete batch is left out
     model = objective
     if dist.is_initialized():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
         model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None)
-    lr = args.lr * (args.batch_size / 256 if args.lr_per_256 else 1)
-    optimizer = LARS(model.parameters(), lr, args.momentum, args.weight_decay, args.trust_coefficient)
+    peak = args.lr * (args.batch_size / 256 if args.lr_per_256 else 1)
+    optimizer = LARS(model.parameters(), peak, args.momentum, args.weight_decay, args.trust_coefficient)
     warmup = round(args.warmup_epochs * steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, warmup, epochs * steps))
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
     # The scaler leaves out steps that overflow, usually the very first; PyTorch then takes the schedule to be ahead.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-    parts = dict(encoder=encoder, head=objective.head, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
-    step, first_epoch = 0, 0
-    if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        step, first_epoch = checkpoint["step"], checkpoint["epoch"]
 
-    def checkpoint_now(epoch):
+    # ---- checkpoints
+    parts = dict(zip(PARTS, (encoder, objective.head, optimizer, scheduler, scaler), strict=True))
+    step, epoch_loss, overflows, last_saved = 0, 0.0, 0, None
+    if checkpoint:
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+            torch.set_rng_state(checkpoint["random"])          # nothing below draws from it; what is added may
+            step, epoch_loss, overflows = int(checkpoint["step"]), float(checkpoint["epoch_loss"]), int(checkpoint["overflows"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            stop(f"{out / 'checkpoint.pt'} does not fit this program ({type(error).__name__}: {str(error)[:200]})")
+        last_saved = step
+
+    def fail(reason):
+        """Stop a run that diverged. All processes come here at the same step; the first says why."""
+        kept = f"the last good checkpoint, {out / 'checkpoint.pt'}, is of step {last_saved}" if last_saved else "there is no checkpoint yet"
+        stop(f"{reason}; {kept}; a lower --lr may help" if chief else None, status=1)
+
+    def save():
+        nonlocal last_saved
+        if not all(p.isfinite().all() for p in model.parameters()):
+            fail(f"the weights are not finite after step {step}")
         if chief:
-            save(out / "checkpoint.pt", dict({name: part.state_dict() for name, part in parts.items()},
-                                             epoch=epoch, step=step, frozen_top1=frozen_top1))
+            content = io.BytesIO()
+            torch.save({name: part.state_dict() for name, part in parts.items()} | dict(
+                settings=json.loads(json.dumps(vars(args))), step=step, epoch=step // steps, epoch_loss=epoch_loss,
+                overflows=overflows, frozen_top1=frozen_top1, random=torch.get_rng_state()), content)
+            os.fsync(log.file.fileno())                        # the log's lines up to here are as safe as the checkpoint
+            write_whole(out / "checkpoint.pt", content.getbuffer())
+        last_saved = step
 
     # ---- training
     log = Log(out, step, chief)
     elements, pairs, share = group.elements.to(device), pairs.to(device), args.batch_size // world
-    for epoch in range(first_epoch, epochs):
-        order, choice = (t.to(device) for t in datasets.epoch_plan(images, len(pairs), args.seed, epoch))
-        epoch_loss = torch.zeros((), device=device)
-        for i in range(steps):
-            index = order[i * args.batch_size + rank * share:][:share]                              # (b,)
-            x = data.batch(data.train_images, index)                                                # (b, C, H, W)
-            views = elements[pairs[choice[index]]].unbind(1)                                        # g1, g2: an element per image
-            target = [data.train_labels[index]] if args.method == "supervised" else views
-            with torch.autocast(args.device, getattr(torch, args.amp, None), enabled=args.amp != "off"):
-                loss = model(x, *target)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            step += 1
-            epoch_loss += loss.detach()
-            if step % args.log_every == 0 or i == steps - 1:
-                log.step(epoch, step, mean_over_processes(loss), scheduler.get_last_lr()[0], args.batch_size,
-                         f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}")
-            scheduler.step()
-        log.epoch(epoch, epochs, mean_over_processes(epoch_loss / steps), args.batch_size * steps)
-        if (epoch + 1) % args.save_every == 0 and epoch + 1 < epochs:                               # the last is saved below
-            checkpoint_now(epoch + 1)
-    checkpoint_now(epochs)
+    recent = []                                                # losses not looked at yet, on the device
+    with Signals() as signals:
+        for epoch in range(step // steps, epochs):
+            order, choice = (t.to(device) for t in datasets.epoch_plan(images, len(pairs), args.seed, epoch))
+            for i in range(step % steps, steps):
+                index = order[i * args.batch_size + rank * share:][:share]                          # (b,)
+                x = data.batch(data.train_images, index)                                            # (b, C, H, W)
+                views = elements[pairs[choice[index]]].unbind(1)                                    # g1, g2: an element per image
+                target = [data.train_labels[index]] if args.method == "supervised" else views
+                with torch.autocast(args.device, getattr(torch, args.amp, None), enabled=args.amp != "off"):
+                    loss = model(x, *target)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scale, lr = scaler.get_scale(), scheduler.get_last_lr()[0]
+                scaler.step(optimizer)
+                scaler.update()
+                scheduler.step()
+                overflows += scaler.get_scale() < scale        # the scaler left this step out
+                recent.append(loss.detach())
+                step += 1
+
+                last, received = i == steps - 1, signals.received_anywhere()
+                if last or received or step % args.log_every == 0:
+                    losses, recent = mean_over_processes(torch.stack(recent)), []
+                    for k, value in enumerate(losses, step + 1 - len(losses)):
+                        if not math.isfinite(value):
+                            fail(f"the loss is {value} at step {k}, learning rate {peak * schedule(k - 1, warmup, epochs * steps):.4g}")
+                    epoch_loss = sum(losses, epoch_loss)
+                if last or step % args.log_every == 0:
+                    log.step(epoch, step, losses[-1], lr, overflows, args.batch_size, f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}")
+                if last:
+                    log.epoch(epoch, epochs, epoch_loss / steps)
+                    epoch_loss = 0.0
+                if received or last and (epoch + 1) % args.save_every == 0:
+                    save()
+                if received:
+                    if dist.is_initialized():
+                        dist.barrier()                         # nobody leaves before the first process has saved
+                    stop(f"{signal.Signals(received).name}: saved after step {step}, continue with --resume" if chief else None, 128 + received)
+    if step != last_saved:
+        save()
 
     # ---- the detached classifier on the trained encoder
     if dist.is_initialized():
@@ -306,38 +318,70 @@ def main(args):
         print(f"top-1 on {result['test_images']} test images: frozen {frozen_top1:.2f} %, {args.method} {result['top1']:.2f} %")
 
 
-def mean_over_processes(value):
-    value = value.detach().clone()
+def mean_over_processes(values):
+    """Average a vector over the processes; returns a list."""
     if dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value.item()
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values.tolist()
+
+
+class Signals:
+    """Inside this context SIGTERM and SIGINT end nothing; they are noted, for the loop to finish its step and save."""
+
+    def __enter__(self):
+        self.received = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None   # on the CPU: a GPU is not waited for
+        return self
+
+    def note(self, number, frame):
+        self.received = number
+
+    def received_anywhere(self):
+        """The number of a signal that some process received, or 0; all processes learn the same at the same step."""
+        if self.group is None:
+            return self.received
+        received = torch.tensor(self.received)
+        dist.all_reduce(received, dist.ReduceOp.MAX, group=self.group)
+        return received.item()
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Log:
     """log.jsonl, a line per epoch for people, and in a terminal a line that moves."""
 
     def __init__(self, out, step, chief):
-        self.chief, self.live = chief, chief and sys.stdout.isatty()
+        self.chief, self.live, path = chief, chief and sys.stdout.isatty(), out / "log.jsonl"
         if chief:
-            path = out / "log.jsonl"
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() else []
-            path.write_text("".join(line + "\n" for line in kept))           # steps after the checkpoint come again
-            self.file = path.open("a", buffering=1)
-        self.last_step, self.last_time, self.epoch_time = step, time.perf_counter(), time.perf_counter()
+            if path.exists():                                  # steps after the checkpoint come again
+                write_whole(path, b"".join(line for line in path.read_bytes().splitlines(True) if self.keeps(line, step)))
+            self.file = path.open("ab", buffering=0)
+        self.last_step, self.last_time, self.epoch_step, self.epoch_time = step, time.perf_counter(), step, time.perf_counter()
 
-    def step(self, epoch, step, loss, lr, batch, where):
+    @staticmethod
+    def keeps(line, step):
+        try:
+            return json.loads(line)["step"] <= step
+        except ValueError:                                     # the end of a line that was being written
+            return False
+
+    def step(self, epoch, step, loss, lr, overflows, batch, where):
         now = time.perf_counter()
         rate = (step - self.last_step) * batch / (now - self.last_time)
-        self.last_step, self.last_time, self.lr = step, now, lr
+        self.last_step, self.last_time, self.lr, self.batch = step, now, lr, batch
         if self.chief:
-            self.file.write(json.dumps(dict(epoch=epoch + 1, step=step, loss=loss, lr=lr, images_per_second=round(rate, 1))) + "\n")
+            entry = dict(epoch=epoch + 1, step=step, loss=loss, lr=lr, images_per_second=round(rate, 1), overflows=overflows)
+            self.file.write(json.dumps(entry).encode() + b"\n")
         if self.live:
             print(f"\r{where}  loss {loss:.4f}  {rate:,.0f} images/s\033[K", end="", flush=True)
 
-    def epoch(self, epoch, epochs, loss, images):
-        now = time.perf_counter()
-        took, self.epoch_time = now - self.epoch_time, now
+    def epoch(self, epoch, epochs, loss):
+        now, images = time.perf_counter(), (self.last_step - self.epoch_step) * self.batch
+        took, self.epoch_time, self.epoch_step = now - self.epoch_time, now, self.last_step
         left = round(took * (epochs - epoch - 1))
         if self.chief:
             print(f"{chr(13) if self.live else ''}epoch {epoch + 1:{len(str(epochs))}d}/{epochs}  loss {loss:.4f}  lr {self.lr:.4g}  "
@@ -346,4 +390,11 @@ class Log:
 
 
 if __name__ == "__main__":
-    main(parse())
+    try:
+        main(parse())
+    except OSError as error:                                   # a full disk while training: probe.write_whole, Log
+        stop(f"{error}; the last checkpoint is whole: make room and continue with --resume")
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
+        stop(f"not enough memory: take a smaller --batch-size or network, or more processes ({str(error)[:150]})")

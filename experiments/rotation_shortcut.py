@@ -25,7 +25,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data as datasets                                                                              # noqa: E402
 from hssl import readout                                                                             # noqa: E402
-from probe import build, load_run, represent                                                         # noqa: E402
+from probe import build, load_checkpoint, represent                                                  # noqa: E402
 from train import make_objective, parse                                                              # noqa: E402
 
 
@@ -58,7 +58,8 @@ def main():
     images = data.batch(data.test_images, torch.arange(5000))
     table = defaultdict(list)
     for run in sorted(Path(args.runs).glob("readouts-*")):
-        settings, checkpoint = load_run(run)
+        checkpoint = load_checkpoint(run / "checkpoint.pt")
+        settings = checkpoint["settings"]
         objectives = []
         for trained in (False, True):
             torch.manual_seed(settings["seed"])

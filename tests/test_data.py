@@ -75,7 +75,7 @@ def test_mnist_reads_the_files_that_are_there(tmp_path):
 def test_mnist_that_cannot_be_had_names_folder_and_files(tmp_path, monkeypatch):
     def no_network(*arguments, **options):
         raise RuntimeError("Error downloading\n train-images-idx3-ubyte.gz")
-    monkeypatch.setattr(data.datasets, "MNIST", no_network)
+    monkeypatch.setattr("torchvision.datasets.MNIST", no_network)
     with pytest.raises(ValueError) as error:
         data.load("mnist", tmp_path)
     text = str(error.value)
