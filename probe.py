@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -202,6 +203,47 @@ def read_run(settings):
         raise ValueError(f"{out} was made with " + ", ".join(f"--{k.replace('_', '-')} {made_with.get(k)}" for k in changed)
                          + ": continue it with these, or choose another --out")
     return checkpoint
+
+
+class Log:
+    """log.jsonl of a training, its line per epoch for people, and in a terminal a line that moves.
+
+    Only the first process (`chief`) writes; after a resume the lines after the checkpoint's step come again.
+    """
+
+    def __init__(self, out, step, chief):
+        self.chief, self.live, path = chief, chief and sys.stdout.isatty(), out / "log.jsonl"
+        if chief:
+            if path.exists():
+                write_whole(path, b"".join(line for line in path.read_bytes().splitlines(True) if self.keeps(line, step)))
+            self.file = path.open("ab", buffering=0)
+        self.last_step, self.last_time, self.epoch_step, self.epoch_time = step, time.perf_counter(), step, time.perf_counter()
+
+    @staticmethod
+    def keeps(line, step):
+        try:
+            return json.loads(line)["step"] <= step
+        except ValueError:                                     # the end of a line that was being written
+            return False
+
+    def step(self, epoch, step, loss, lr, overflows, batch, where):
+        now = time.perf_counter()
+        rate = (step - self.last_step) * batch / (now - self.last_time)
+        self.last_step, self.last_time, self.lr, self.batch = step, now, lr, batch
+        if self.chief:
+            entry = dict(epoch=epoch + 1, step=step, loss=loss, lr=lr, images_per_second=round(rate, 1), overflows=overflows)
+            self.file.write(json.dumps(entry).encode() + b"\n")
+        if self.live:
+            print(f"\r{where}  loss {loss:.4f}  {rate:,.0f} images/s\033[K", end="", flush=True)
+
+    def epoch(self, epoch, epochs, loss):
+        now, images = time.perf_counter(), (self.last_step - self.epoch_step) * self.batch
+        took, self.epoch_time, self.epoch_step = now - self.epoch_time, now, self.last_step
+        left = round(took * (epochs - epoch - 1))
+        if self.chief:
+            print(f"{chr(13) if self.live else ''}epoch {epoch + 1:{len(str(epochs))}d}/{epochs}  loss {loss:.4f}  lr {self.lr:.4g}  "
+                  f"{images / took:,.0f} images/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+                  f"{chr(27) + '[K' if self.live else ''}", flush=True)
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,8 +14,6 @@ import json
 import math
 import os
 import signal
-import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -30,7 +28,7 @@ import data as datasets
 from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, h_ssl_loss, readout
 from lars import LARS
 from losses import nt_xent
-from probe import PARTS, Parser, build, probe_as_set, read_run, represent, stop, write_result, write_whole
+from probe import PARTS, Log, Parser, build, probe_as_set, read_run, represent, stop, write_result, write_whole
 
 # What differs between data sets. For mnist, epochs to temperature are the paper's but for the trust coefficient, which it
 # does not state; the README says why the others are what they are.
@@ -349,44 +347,6 @@ class Signals:
     def __exit__(self, *exception):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-class Log:
-    """log.jsonl, a line per epoch for people, and in a terminal a line that moves."""
-
-    def __init__(self, out, step, chief):
-        self.chief, self.live, path = chief, chief and sys.stdout.isatty(), out / "log.jsonl"
-        if chief:
-            if path.exists():                                  # steps after the checkpoint come again
-                write_whole(path, b"".join(line for line in path.read_bytes().splitlines(True) if self.keeps(line, step)))
-            self.file = path.open("ab", buffering=0)
-        self.last_step, self.last_time, self.epoch_step, self.epoch_time = step, time.perf_counter(), step, time.perf_counter()
-
-    @staticmethod
-    def keeps(line, step):
-        try:
-            return json.loads(line)["step"] <= step
-        except ValueError:                                     # the end of a line that was being written
-            return False
-
-    def step(self, epoch, step, loss, lr, overflows, batch, where):
-        now = time.perf_counter()
-        rate = (step - self.last_step) * batch / (now - self.last_time)
-        self.last_step, self.last_time, self.lr, self.batch = step, now, lr, batch
-        if self.chief:
-            entry = dict(epoch=epoch + 1, step=step, loss=loss, lr=lr, images_per_second=round(rate, 1), overflows=overflows)
-            self.file.write(json.dumps(entry).encode() + b"\n")
-        if self.live:
-            print(f"\r{where}  loss {loss:.4f}  {rate:,.0f} images/s\033[K", end="", flush=True)
-
-    def epoch(self, epoch, epochs, loss):
-        now, images = time.perf_counter(), (self.last_step - self.epoch_step) * self.batch
-        took, self.epoch_time, self.epoch_step = now - self.epoch_time, now, self.last_step
-        left = round(took * (epochs - epoch - 1))
-        if self.chief:
-            print(f"{chr(13) if self.live else ''}epoch {epoch + 1:{len(str(epochs))}d}/{epochs}  loss {loss:.4f}  lr {self.lr:.4g}  "
-                  f"{images / took:,.0f} images/s  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-                  f"{chr(27) + '[K' if self.live else ''}", flush=True)
 
 
 if __name__ == "__main__":
