@@ -5,6 +5,8 @@ processes and no Python per image.
 
 Letters: N images of a split, B batch, C channels, H W space.
 """
+import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,19 +38,18 @@ class Dataset:
 
 
 def load(name, folder, device="cpu", train_images=None):
-    """Load a data set by name: "glyphs" (drawn on the spot) or "mnist" (downloaded into folder when absent).
+    """Load a data set by name: "glyphs" (drawn on the spot), or "mnist", "cifar10" or "tiny-imagenet" (downloaded into folder
+    when absent).
 
     train_images keeps only the first so many training images; the test split stays whole.
 
     Raises:
         ValueError: in one line, for an unknown name, files that cannot be had or read, or too few images.
     """
-    if name == "glyphs":
-        data = glyphs()
-    elif name == "mnist":
-        data = mnist(folder)
-    else:
-        raise ValueError(f"there is no data set {name!r}, only glyphs and mnist")
+    loaders = {"glyphs": lambda folder: glyphs(), "mnist": mnist, "cifar10": cifar10, "tiny-imagenet": tiny_imagenet}
+    if name not in loaders:
+        raise ValueError(f"there is no data set {name!r}, only {', '.join(loaders)}")
+    data = loaders[name](folder)
     total = len(data.train_images)
     keep = total if train_images is None else train_images
     if not 1 <= keep <= total:
@@ -81,6 +82,105 @@ def mnist(folder):
             raise ValueError(f"{images_file} or {labels_file.name} is damaged ({reason}): delete both to download them again") from None
         splits += images[:, None], labels
     return Dataset(*splits, classes=10, mean=0.0, std=0.3081)
+
+
+def cifar10(folder):
+    """CIFAR-10 through torchvision: 50,000 training and 10,000 test images, 3x32x32, 10 classes.
+
+    Raises:
+        ValueError: in one line that names the files, if they cannot be downloaded or read or do not fit each other.
+    """
+    from torchvision import datasets
+
+    path, splits = Path(folder) / "cifar-10-batches-py", []
+    for train in (True, False):
+        try:
+            split = datasets.CIFAR10(folder, train=train, download=True)
+            images, labels = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)
+            if images.shape != (len(labels), 3, 32, 32) or images.dtype != torch.uint8 or not 0 <= labels.min() <= labels.max() <= 9:
+                raise ValueError(f"{len(labels)} labels up to {labels.max()} for images {tuple(images.shape)}")
+        except Exception as error:                                  # torchvision unpickles these files, so anything can come up
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise ValueError(f"cannot download or read CIFAR-10 ({reason}): put cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz into "
+                             f"{folder}, or its data_batch_1 to data_batch_5, test_batch and batches.meta into {path}, unaltered") from None
+        splits += images, labels
+    return Dataset(*splits, classes=10, mean=0.4734, std=0.2516)
+
+
+TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")           # address, MD5
+
+
+def tiny_imagenet(folder):
+    """Tiny ImageNet: 100,000 training and 10,000 labelled validation images (the test split here), 3x64x64, 200 classes.
+
+    The JPEG files are decoded once into FOLDER/tiny-imagenet-200-decoded, whose four arrays later runs map into memory:
+    that takes no time, and processes of one machine share the pages.
+
+    Raises:
+        ValueError: in one line that names the file, if something cannot be downloaded, is missing, or is damaged.
+    """
+    tree, cache = Path(folder) / "tiny-imagenet-200", Path(folder) / "tiny-imagenet-200-decoded"
+    try:
+        if not cache.exists():
+            if not tree.exists():
+                _download_tiny_imagenet(Path(folder), tree)
+            _decode_tiny_imagenet(tree, cache)
+        arrays = []
+        for split in ("train", "val"):
+            images, labels = (torch.from_numpy(np.load(cache / f"{split}_{what}.npy", mmap_mode="c")) for what in ("images", "labels"))
+            if images.shape != (len(labels), 3, 64, 64) or images.dtype != torch.uint8 or labels.dtype != torch.int64:
+                raise ValueError(f"{split}: images {tuple(images.shape)}, {len(labels)} labels")
+            arrays += images, labels
+    except (ValueError, OSError, EOFError) as error:
+        if cache.exists():
+            raise ValueError(f"{cache} is damaged ({error}): delete it, and the images are decoded again") from None
+        raise ValueError(str(error)) from None
+    return Dataset(*arrays, classes=200, mean=0.442, std=0.278)
+
+
+def _download_tiny_imagenet(folder, tree):
+    """Unpack beside the tree and rename, so that an interrupted download never looks like a finished one."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    address, md5 = TINY_IMAGENET
+    try:
+        download_and_extract_archive(address, folder, folder / "tiny-imagenet-200-part", md5=md5)
+        os.replace(folder / "tiny-imagenet-200-part" / tree.name, tree)
+        (folder / "tiny-imagenet-200-part").rmdir()
+    except Exception as error:                                      # no network, no room, a wrong checksum, a broken archive
+        raise ValueError(f"cannot download Tiny ImageNet ({' '.join(f'{type(error).__name__} {error}'.split())}): put "
+                         f"tiny-imagenet-200.zip from {address} into {folder}, or its unpacked folder {tree.name}") from None
+
+
+def _decode_tiny_imagenet(tree, cache):
+    """Decode all images, the first of every class before the second, so that a part of the training split has all classes."""
+    try:
+        classes = {name: k for k, name in enumerate((tree / "wnids.txt").read_text().split())}
+        rows = [line.split("\t") for line in (tree / "val" / "val_annotations.txt").read_text().splitlines()]
+        lists = {"train": [], "val": [(tree / "val" / "images" / row[0], classes[row[1]]) for row in rows]}
+    except (OSError, LookupError) as error:
+        raise ValueError(f"{tree} is not whole ({type(error).__name__} {error}): delete it to download it again") from None
+    of_class = [sorted((tree / "train" / name / "images").glob("*.JPEG"), key=lambda p: (len(p.name), p.name)) for name in classes]
+    fewest = min(map(len, of_class), default=0)
+    if len(classes) != 200 or fewest == 0 or fewest != max(map(len, of_class)):
+        raise ValueError(f"{tree} is not whole: {len(classes)} classes of {fewest} to {max(map(len, of_class), default=0)} training images, "
+                         "but 200 of equally many are expected; delete it to download it again")
+    lists["train"] = [(path, k) for same_place in zip(*of_class) for k, path in enumerate(same_place)]
+
+    part = cache.with_name(cache.name + "-part")
+    part.mkdir(exist_ok=True)
+    for split, rows in lists.items():
+        images = np.lib.format.open_memmap(part / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=(len(rows), 3, 64, 64))
+        for i, (path, _) in enumerate(rows):
+            try:
+                images[i] = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path} is missing or damaged ({error}): delete {tree} to download it again") from None
+            if i + 1 == len(rows) or (i + 1) % 1000 == 0 and sys.stdout.isatty():
+                print(f"\rdecoding Tiny ImageNet, {split}: {i + 1} of {len(rows)}", end="\n" if i + 1 == len(rows) else "", flush=True)
+        images.flush()
+        np.save(part / f"{split}_labels.npy", np.array([label for _, label in rows], dtype=np.int64))
+    os.replace(part, cache)
 
 
 # ------------------------------------------------------------------------------------------------------------------ glyphs

@@ -225,6 +225,87 @@ class MNISTBackbone(nn.Sequential):
         self.out_channels, self.elements = three, elements
 
     def forward(self, x):
-        if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
-            raise ValueError(f"images are {x.shape[-2]}x{x.shape[-1]}, but both sides must be divisible by {self.stride}")
+        check_sides(x, self.stride)
         return super().forward(x)
+
+
+class ResidualBlock(nn.Module):
+    """SESN's pre-activation block, from its STL-10 network: (B, C, G, H, W) -> (B, C', G, H, W), or H/2, W/2 if `down`.
+
+    Where SESN strides, 2x2 means are taken before both branches. A stride reads one corner of each 2x2 cell, which a
+    quarter turn moves to another corner; the mean of the cell stays. The work is the same.
+
+    Args:
+        in_channels, out_channels: C and C'. Where they differ a 1x1 convolution, the same at every element, makes the shortcut.
+        down: whether to halve the map.
+        convolution: makes a group convolution from C and C'.
+    """
+
+    def __init__(self, in_channels, out_channels, down, convolution):
+        super().__init__()
+        self.activate = PerElement(nn.BatchNorm2d(in_channels), nn.ReLU(), nn.AvgPool2d(2) if down else nn.Identity())
+        self.first = convolution(in_channels, out_channels)
+        self.between = PerElement(nn.BatchNorm2d(out_channels), nn.ReLU())
+        self.second = convolution(out_channels, out_channels)
+        changes = down or in_channels != out_channels
+        self.shortcut = PerElement(nn.Conv2d(in_channels, out_channels, 1, bias=False)) if changes else None
+
+    def forward(self, x):
+        y = self.activate(x)
+        if self.shortcut is not None:
+            x = self.shortcut(y)
+        return x + self.second(self.between(self.first(y)))
+
+
+class ResidualBackbone(nn.Sequential):
+    """SESN's wide residual network for STL-10 without its classifier, for any of the groups.
+
+    (B, in_channels, H, W) -> (B, widths[3], G, H/4, W/4), H and W divisible by 4: a lifting convolution, three stages of
+    (depth - 4) / 6 `ResidualBlock`s, the second and third of which halve the map, batch norm and ReLU. SESN takes the
+    maximum over scales before the last two; views need the group axis, so here it stays.
+
+    Args:
+        group, elements, kernel_size, effective_size, sigma, scale_step: see `steerable_basis`.
+        widths: channels of the lifting layer and of the three stages; SESN has 16, 128, 256, 512.
+        depth: 6n + 4; SESN has 16.
+        extent, padding_mode: as for `MNISTBackbone`.
+
+    Raises:
+        ValueError: for sizes that do not fit, here or, for the image, in the forward pass.
+    """
+
+    stride = 4
+
+    def __init__(self, group="translation", elements=1, widths=(16, 128, 256, 512), in_channels=3, kernel_size=7,
+                 effective_size=3, sigma=0.9, scale_step=1.41, extent=None, padding_mode="zeros", depth=16):
+        basis = steerable_basis(group, elements, kernel_size, effective_size, sigma, scale_step)
+        if len(widths) != 4 or min(widths) < 1:
+            raise ValueError(f"widths are {tuple(widths)}, but must be four positive numbers")
+        if depth < 10 or depth % 6 != 4:
+            raise ValueError(f"depth is {depth}, but must be 10, 16, 22, ...: 6n + 4")
+        if extent is None:
+            extent = elements if group == "rotation" else 1
+
+        def convolution(channels, out_channels):
+            return GroupConv2d(channels, out_channels, basis, extent, group == "rotation", padding_mode, bias=False)
+
+        layers = [LiftingConv2d(in_channels, widths[0], basis, padding_mode=padding_mode, bias=False)]
+        for stage in range(3):
+            for block in range((depth - 4) // 6):
+                channels = widths[stage + (block > 0)]
+                layers.append(ResidualBlock(channels, widths[stage + 1], stage > 0 and block == 0, convolution))
+        super().__init__(*layers, PerElement(nn.BatchNorm2d(widths[3]), nn.ReLU()))
+        self.out_channels, self.elements = widths[3], elements
+        for module in self.modules():                                                               # as SESN does
+            if isinstance(module, (SteerableConv2d, nn.Conv2d)):
+                nn.init.normal_(module.weight, std=(2 * module.weight.shape[1] / module.weight.numel()) ** 0.5)
+
+    def forward(self, x):
+        check_sides(x, self.stride)
+        return super().forward(x)
+
+
+def check_sides(x, stride):
+    """Raise a ValueError unless images (B, C, H, W) have sides that a backbone can divide by its stride."""
+    if x.shape[-2] % stride or x.shape[-1] % stride:
+        raise ValueError(f"images are {x.shape[-2]}x{x.shape[-1]}, but both sides must be divisible by {stride}")

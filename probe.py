@@ -9,6 +9,7 @@ Letters: N images, D numbers per representation, C channels, G group axis, H W s
 """
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 
 import data as datasets
 from hssl import Rotation, Scale, Translation, readout
-from layers import MNISTBackbone
+from layers import MNISTBackbone, ResidualBackbone
 
 
 def build(settings, channels, side):
@@ -36,8 +37,9 @@ def build(settings, channels, side):
         ValueError: for settings that fit neither each other nor the images.
     """
     s = settings
-    encoder = MNISTBackbone(s["group"], s["elements"], s["widths"], channels, s["kernel_size"], s["effective_size"],
-                            s["sigma"], s["scale_step"], s["extent"], s["padding"])
+    network = functools.partial(ResidualBackbone, depth=s["depth"]) if s["backbone"] == "residual" else MNISTBackbone
+    encoder = network(s["group"], s["elements"], s["widths"], channels, s["kernel_size"], s["effective_size"],
+                      s["sigma"], s["scale_step"], s["extent"], s["padding"])
     if s["kernel_size"] > side:
         raise ValueError(f"--kernel-size {s['kernel_size']} is larger than the {side}x{side} images")
     if side % encoder.stride:

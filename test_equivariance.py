@@ -15,7 +15,7 @@ from numpy.polynomial import hermite_e
 from torch import nn
 
 from hssl import Rotation, Scale, Translation, a_ssl_loss, allowed_pairs, h_ssl_loss, readout
-from layers import MNISTBackbone, hermite_gaussian, hermite_orders, steerable_basis
+from layers import MNISTBackbone, ResidualBackbone, hermite_gaussian, hermite_orders, steerable_basis
 from losses import nt_xent
 
 WIDTHS, SIDE, BATCH = (3, 5, 6), 28, 4
@@ -27,6 +27,9 @@ EXACT = {
     **{f"quarter turns, extent {e}, {padding}": (dict(group="rotation", elements=4, extent=e, padding_mode=padding), Rotation(4, side))
        for e, padding, side in ((1, "zeros", 1), (2, "zeros", 1), (3, "zeros", 2), (4, "zeros", 1), (4, "circular", 4))},
 }
+# The residual network at its full depth, for every group that is exact.
+EXACT |= {f"residual network, {name}": (dict(depth=16, **EXACT[name][0]), EXACT[name][1])
+          for name in ("shifts, circular", "quarter turns, extent 1, zeros", "quarter turns, extent 4, zeros")}
 exact = pytest.mark.parametrize("backbone, group", EXACT.values(), ids=EXACT)
 
 
@@ -47,6 +50,8 @@ def randomise(f):
 
 
 def make(backbone):
+    if "depth" in backbone:
+        return randomise(ResidualBackbone(widths=(2, *WIDTHS), in_channels=1, kernel_size=5, **backbone))
     return randomise(MNISTBackbone(widths=WIDTHS, kernel_size=5, **backbone))
 
 

@@ -30,20 +30,19 @@ from lars import LARS
 from losses import nt_xent
 from probe import PARTS, Log, Parser, build, probe_as_set, read_run, represent, stop, write_result, write_whole
 
-# What differs between data sets. For mnist, epochs to temperature are the paper's but for the trust coefficient, which it
-# does not state; the README says why the others are what they are.
+# What differs between data sets. But for glyphs, epochs to temperature are the paper's apart from the trust coefficient, which
+# it does not state; window is translation's base space, positions a side. The README says why the others are what they are.
+RESIDUAL = dict(group="translation", backbone="residual", epochs=1300, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001,
+                temperature=0.1, widths=(16, 128, 256, 512), kernel_size=7, grid=4)
 DEFAULTS = {
-    "glyphs": dict(group="rotation", epochs=8, batch_size=256, warmup_epochs=1, trust_coefficient=0.01, temperature=1.0,
+    "glyphs": dict(group="rotation", backbone="mnist", window=4, grid=0, epochs=8, batch_size=256, warmup_epochs=1, trust_coefficient=0.01, temperature=1.0,
                    widths=(4, 8, 16), kernel_size=5),
-    "mnist": dict(group="translation", epochs=500, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001, temperature=0.1,
+    "mnist": dict(group="translation", backbone="mnist", window=4, grid=0, epochs=500, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001, temperature=0.1,
                   widths=(32, 63, 95), kernel_size=7),
+    "cifar10": RESIDUAL | dict(window=4),
+    "tiny-imagenet": RESIDUAL | dict(window=8),
 }
-# What differs between groups: the number of elements, and the size of the base space (positions a side, or elements).
-GROUP_DEFAULTS = {
-    "translation": dict(elements=1, base_space=4),
-    "rotation": dict(elements=4, base_space=1),
-    "scale": dict(elements=3, base_space=1),
-}
+ELEMENTS = {"translation": 1, "rotation": 4, "scale": 3}                                            # of the encoder's group axis
 
 
 def number(kind, low, above=False):
@@ -65,7 +64,7 @@ def parse(argv=None):
 
     add("--dataset", choices=DEFAULTS, default="glyphs", help="glyphs is drawn on the spot, the others are downloaded")
     add("--method", choices=("h-ssl", "a-ssl", "frozen", "supervised"), default="h-ssl", help="views from features, views from images, no training, or labels")
-    add("--group", choices=GROUP_DEFAULTS, help="what views differ by; default: the data set's")
+    add("--group", choices=ELEMENTS, help="what views differ by; default: the data set's")
     add("--epochs", type=number(int, 1), help="passes over the training images; default: the data set's (mnist: 500)")
     add("--batch-size", type=number(int, 2), help="images per step, over all processes; default: the data set's (mnist: 4096)")
     add("--lr", type=number(float, 0, above=True), default=0.1, help="peak learning rate of LARS")
@@ -85,7 +84,9 @@ def parse(argv=None):
     add("--amp", choices=("float16", "bfloat16", "off"), help="half precision; default: float16 on cuda, off on cpu")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     # The encoder
-    add("--widths", type=number(int, 1), nargs=3, metavar="C", help="channels of its three stages; default: the data set's (mnist: 32 63 95)")
+    add("--backbone", choices=("mnist", "residual"), help="SESN's network for MNIST or for STL-10; default: the data set's")
+    add("--depth", type=number(int, 1), default=16, help="layers of the residual network, 6n + 4")
+    add("--widths", type=number(int, 1), nargs="+", metavar="C", help="channels of its 3 (mnist) or 4 (residual) stages; default: the data set's")
     add("--elements", type=number(int, 1), help="orientations or scales; default: 4 orientations, 3 scales")
     add("--extent", type=number(int, 1), help="elements that a filter spans along the group; default: all for rotation, 1 for scale")
     add("--kernel-size", type=number(int, 1), help="side of the filters in pixels; default: the data set's (mnist: 7)")
@@ -94,9 +95,9 @@ def parse(argv=None):
     add("--scale-step", type=number(float, 1, above=True), default=1.41, help="ratio of neighbouring scales")
     add("--padding", choices=("zeros", "circular"), default="zeros", help="of the convolutions, and of shifted images")
     # Views, projection head, detached classifier
-    add("--base-space", type=number(int, 1), help="size of G0; default: a window of 4 positions a side; 1 orientation or scale")
+    add("--base-space", type=number(int, 1), help="size of G0: positions a side of a window (default: 4; tiny-imagenet: 8), or orientations or scales (default: 1)")
     add("--max-distance", type=number(int, 1), help="largest topographic distance of two views; default: no limit")
-    add("--grid", type=number(int, 0), default=0, help="average each map of a view to so many cells a side before the head; 0 keeps all positions")
+    add("--grid", type=number(int, 0), help="average each map of a view to so many cells a side before the head; 0 keeps all; default: the data set's (mnist: 0)")
     add("--head-widths", type=number(int, 1), nargs=2, default=(512, 128), metavar="D", help="hidden and output width of the projection head")
     add("--probe-grid", type=number(int, 0), default=2, help="average each map to so many cells a side for the detached classifier; 0 keeps all")
     add("--probe-epochs", type=number(int, 1), default=100, help="of the detached classifier (Adam)")
@@ -104,7 +105,10 @@ def parse(argv=None):
     args = p.parse_args(argv)
 
     args.group = args.group or DEFAULTS[args.dataset]["group"]
-    for name, value in (DEFAULTS[args.dataset] | GROUP_DEFAULTS[args.group]).items():
+    defaults = DEFAULTS[args.dataset] | dict(elements=ELEMENTS[args.group])
+    window = defaults.pop("window")
+    defaults["base_space"] = window if args.group == "translation" else 1
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.device == "cuda" and not torch.cuda.is_available():

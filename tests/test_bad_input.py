@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+import data as datasets
+from test_data import write_cifar10, write_tiny_imagenet
 from test_interruption import Harmful
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,9 +25,10 @@ SMALL = "--device cpu --train-images 200 --batch-size 64 --epochs 2 --widths 2 3
 # train.py FLAGS: what the message must say
 FLAGS = {
     "--epoch 3": "unrecognized", "--dataset imagenet": "invalid choice", "--method simsiam": "invalid choice", "--group mirror": "invalid choice",
+    "--backbone residual": "four positive", "--backbone residual --widths 2 2 2 2 --depth 12": "6n + 4",
     "--epochs 0": "at least 1", "--epochs 1.5": "invalid int", "--batch-size 4096": "more than the 200 training",
     "--lr nan": "above 0", "--temperature 0": "above 0", "--temperature -1": "above 0", "--momentum 1": "below 1",
-    "--seed -1": "at least 0", "--widths 4 8": "expected 3", "--widths 0 8 16": "at least 1", "--kernel-size 4": "odd", "--kernel-size 29": "28x28",
+    "--seed -1": "at least 0", "--widths 4 8": "three positive", "--widths 0 8 16": "at least 1", "--kernel-size 4": "odd", "--kernel-size 29": "28x28",
     "--sigma 1e-300": "vanishes", "--sigma 1e300": "floating point", "--widths 99999 99999 99999": "not enough memory", "--scale-step 1": "above 1",
     "--elements 1": "two group elements", "--extent 5": "1 to 4", "--base-space 5": "1 to 4",
     "--group translation --base-space 8": "1 to 7", "--group scale --base-space 3": "two group elements", "--max-distance 0": "at least 1",
@@ -80,6 +83,36 @@ FILES = {
     "images of another size": (lambda images, labels: idx(images, (200, 27, 27)), "27"),
     "labels beyond 9": (lambda images, labels: labels.write_bytes(labels.read_bytes()[:-1] + b"\x0b"), "11"),
     "no images": (lambda images, labels: (idx(images, (0, 28, 28)), idx(labels, (0,))), "train-images-idx3-ubyte"),
+}
+
+
+def decode(tree):
+    """Leave only a finished cache."""
+    datasets.load("tiny-imagenet", tree.parent)
+    return tree.with_name("tiny-imagenet-200-decoded")
+
+
+# The same for the other two data sets: (data set, what is done to its folder, what the message must say)
+FOLDERS = {
+    "no CIFAR-10, no network": ("cifar10", shutil.rmtree, "cifar-10-python.tar.gz"),
+    "CIFAR-10 with an altered file, no network": ("cifar10", lambda folder: cut(folder / "data_batch_2", 5000), "data_batch_1"),
+    "CIFAR-10 only as a corrupt archive, no network": (
+        "cifar10", lambda folder: (folder.parent / "cifar-10-python.tar.gz").write_bytes(b"\x1f\x8bno"), "cifar-10-python.tar.gz"),
+    "no Tiny ImageNet, no network": ("tiny-imagenet", shutil.rmtree, "tiny-imagenet-200.zip"),
+    "Tiny ImageNet only as a corrupt archive, no network": (
+        "tiny-imagenet", lambda tree: (shutil.rmtree(tree), tree.with_suffix(".zip").write_bytes(b"PK")), "tiny-imagenet-200.zip"),
+    "Tiny ImageNet without val_annotations.txt": ("tiny-imagenet", lambda tree: (tree / "val" / "val_annotations.txt").unlink(), "val_annotations.txt"),
+    "Tiny ImageNet with a class short of an image": (
+        "tiny-imagenet", lambda tree: (tree / "train" / "n003" / "images" / "n003_1.JPEG").unlink(), "1 to 2 training images"),
+    "Tiny ImageNet with a cut image": (
+        "tiny-imagenet", lambda tree: cut(tree / "train" / "n003" / "images" / "n003_1.JPEG", 300), "n003_1.JPEG is missing or damaged"),
+    "Tiny ImageNet without a validation image": ("tiny-imagenet", lambda tree: (tree / "val" / "images" / "val_9.JPEG").unlink(), "val_9.JPEG"),
+    "Tiny ImageNet with a cut cache": (
+        "tiny-imagenet", lambda tree: cut(decode(tree) / "train_images.npy", 100_000), "tiny-imagenet-200-decoded is damaged"),
+    "Tiny ImageNet with half a cache": (
+        "tiny-imagenet", lambda tree: (decode(tree) / "val_labels.npy").unlink(), "tiny-imagenet-200-decoded is damaged"),
+    "Tiny ImageNet with a cache of other lengths": (
+        "tiny-imagenet", lambda tree: shutil.copy(decode(tree) / "val_labels.npy", decode(tree) / "train_labels.npy"), "200 labels"),
 }
 
 
@@ -154,6 +187,11 @@ def call(case, folder, finished):
         spoil, words = FILES[case]
         spoil(*mnist(folder))
         command = ["train.py", *SMALL, "--dataset", "mnist", "--data-dir", "datasets", "--out", "run"]
+    elif case in FOLDERS:
+        name, spoil, words = FOLDERS[case]
+        (write_cifar10 if name == "cifar10" else write_tiny_imagenet)(folder / "datasets")
+        spoil(folder / "datasets" / ("cifar-10-batches-py" if name == "cifar10" else "tiny-imagenet-200"))
+        command = ["train.py", *SMALL, "--dataset", name, "--data-dir", "datasets", "--out", "run"]
     else:
         flags, spoil, words = RUNS[case]
         shutil.copytree(finished, folder / "run")
@@ -175,7 +213,7 @@ def call(case, folder, finished):
 def test_table_of_bad_input(tmp_path):
     finished = tmp_path / "finished"
     subprocess.run([sys.executable, "train.py", *SMALL, "--out", finished], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    cases = [*FLAGS, *FILES, *RUNS]
+    cases = [*FLAGS, *FILES, *FOLDERS, *RUNS]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda k: call(cases[k], tmp_path / str(k), finished), range(len(cases))))
     for case, (command, done, wrong) in zip(cases, results):

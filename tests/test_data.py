@@ -1,8 +1,11 @@
 """Data sets: shapes, determinism, what is asked of MNIST's files, and plans that no number of processes changes."""
+import pickle
 import struct
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 
@@ -81,6 +84,80 @@ def test_mnist_that_cannot_be_had_names_folder_and_files(tmp_path, monkeypatch):
     text = str(error.value)
     assert "\n" not in text and str(tmp_path / "MNIST" / "raw") in text
     assert all(f"{part}-{kind}-ubyte" in text for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+
+
+def write_cifar10(folder, rows=4):
+    """CIFAR-10's files with random pixels; returns the pixels of the first training file, (rows, 3072)."""
+    folder = folder / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        pixels = rng.integers(256, size=(rows, 3072), dtype=np.uint8)
+        first = pixels if name == "data_batch_1" else first
+        (folder / name).write_bytes(pickle.dumps(dict(data=pixels, labels=list(range(rows)))))
+    (folder / "batches.meta").write_bytes(pickle.dumps(dict(label_names=[str(k) for k in range(10)])))
+    return first
+
+
+def test_cifar10_reads_the_files_that_are_there(tmp_path, monkeypatch):
+    """torchvision compares checksums, which random pixels cannot have: that comparison alone is left out here."""
+    first = write_cifar10(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
+    cifar10 = data.load("cifar10", tmp_path)
+    assert cifar10.train_images.shape == (20, 3, 32, 32) and cifar10.test_images.shape == (4, 3, 32, 32) and cifar10.classes == 10
+    assert np.array_equal(cifar10.train_images[:4].flatten(1), first) and cifar10.train_labels[:4].tolist() == [0, 1, 2, 3]
+
+
+def write_tiny_imagenet(folder, per_class=2):
+    """A tree like Tiny ImageNet's; every image has one colour, its number in red, its class in green. One is grey."""
+    tree, names = folder / "tiny-imagenet-200", [f"n{k:03d}" for k in range(200)]
+
+    def write(path, red, green):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("L", (64, 64), 77) if (red, green) == (1, 7) else Image.new("RGB", (64, 64), (red, green, 128))
+        image.save(path, "JPEG", quality=100, subsampling=0)
+
+    for k, name in enumerate(names):
+        for i in range(per_class):
+            write(tree / "train" / name / "images" / f"{name}_{i}.JPEG", i, k)
+        write(tree / "val" / "images" / f"val_{k}.JPEG", 255, k)
+    (tree / "wnids.txt").write_text("\n".join(names) + "\n")
+    (tree / "val" / "val_annotations.txt").write_text("".join(f"val_{k}.JPEG\t{name}\t0\t0\t63\t63\n" for k, name in enumerate(names)))
+    return tree
+
+
+def test_tiny_imagenet_is_decoded_once(tmp_path, capsys):
+    """Labels, order (a first part holds all classes), a grey image; the second time nothing but the cache is read."""
+    tree = write_tiny_imagenet(tmp_path)
+    tiny = data.load("tiny-imagenet", tmp_path)
+    assert "train: 400 of 400" in capsys.readouterr().out
+    assert tiny.train_images.shape == (400, 3, 64, 64) and tiny.test_images.shape == (200, 3, 64, 64) and tiny.classes == 200
+    assert tiny.train_labels.tolist() == [*range(200), *range(200)] and tiny.test_labels.tolist() == [*range(200)]
+    mean = tiny.train_images.float().mean((2, 3))
+    assert (mean[:200, 1] - torch.arange(200)).abs().max() <= 2 and (mean[200:, 0] - 1).abs().sort().values[:-1].max() <= 2
+    assert (mean[207] - 77).abs().max() <= 2
+    tree.rename(tmp_path / "gone")
+    again = data.load("tiny-imagenet", tmp_path)
+    assert torch.equal(again.train_images, tiny.train_images) and torch.equal(again.test_labels, tiny.test_labels)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_interrupted_decoding_is_not_taken_for_a_cache(tmp_path, monkeypatch):
+    """Killed while decoding: no cache stands, and the next start decodes all."""
+    write_tiny_imagenet(tmp_path, per_class=1)
+    opened = Image.open
+
+    def killed(path):
+        if path.name == "val_5.JPEG":
+            raise KeyboardInterrupt
+        return opened(path)
+
+    monkeypatch.setattr(data.Image, "open", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.load("tiny-imagenet", tmp_path)
+    monkeypatch.setattr(data.Image, "open", opened)
+    assert not (tmp_path / "tiny-imagenet-200-decoded").exists()
+    assert len(data.load("tiny-imagenet", tmp_path).test_images) == 200
 
 
 def test_plan_depends_on_seed_and_epoch_only():
