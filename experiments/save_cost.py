@@ -13,19 +13,17 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lars import LARS                                                                                # noqa: E402
-from layers import MNISTBackbone                                                                     # noqa: E402
+from layers import MNISTBackbone, ResidualBackbone                                                                     # noqa: E402
 from probe import write_whole                                                                        # noqa: E402
 
-# As many numbers as SESN's residual network for 32x32 and 64x64 images has: depth 16, widths 16-128-256-512.
-BLOCKS = [(3, 16), (16, 128), (128, 128), *[(128, 128)] * 2, (128, 256), (256, 256), *[(256, 256)] * 2, (256, 512), (512, 512), *[(512, 512)] * 2]
 NETWORKS = {
-    "MNIST, rotation (filters span 4 orientations)": lambda: MNISTBackbone("rotation", 4),
-    "residual, 9 numbers per filter": lambda: nn.ModuleList(nn.Conv2d(a, b, 3) for a, b in BLOCKS),
-    "residual, 60 numbers per filter (rotation)": lambda: nn.ModuleList(nn.Conv2d(a, b, (6, 10)) for a, b in BLOCKS),
+    "MNIST, rotation": lambda: MNISTBackbone("rotation", 4),
+    "residual, translation": lambda: ResidualBackbone("translation"),
+    "residual, scale": lambda: ResidualBackbone("scale", 3),
+    "residual, rotation": lambda: ResidualBackbone("rotation", 4),
 }
 
 

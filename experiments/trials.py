@@ -1,6 +1,6 @@
 """Small trainings on a CPU, one table a command. Each table is a list of runs of train.py; finished runs are kept.
 
-    python experiments/trials.py {groups,rates,long,trust,readouts,glyphs} --data-dir DATASETS [--jobs 2] [--runs runs/trials]
+    python experiments/trials.py {groups,rates,long,trust,readouts,glyphs,cifar10,tiny-imagenet} --data-dir DATASETS [--jobs 2] [--runs runs/trials]
 
 writes experiments/results/TABLE.json (each run's settings and results, the machine, the torch version) and prints the
 table: mean and standard deviation over whole trainings, one per seed.
@@ -26,6 +26,8 @@ MNIST = "--dataset mnist --train-images 10000 --batch-size 512 --epochs 8 --warm
 WIDTHS = {"translation": "--widths 16 32 64 --kernel-size 5", "rotation": "--widths 8 16 32 --kernel-size 5",
           "scale": "--widths 8 16 32 --kernel-size 7"}
 SMALL = "--dataset mnist --group rotation --train-images 5000 --widths 4 8 16 --kernel-size 5 --warmup-epochs 1 --trust-coefficient 0.03"
+IMAGES = "--batch-size 256 --warmup-epochs 1 --trust-coefficient 0.01 --depth 10 --kernel-size 5 --probe-epochs 40"
+RESIDUAL = {"translation": "--widths 8 16 32 64 --grid 1", "rotation": "--widths 4 8 16 32 --extent 1", "scale": "--widths 4 8 16 32"}
 LONG = "--dataset mnist --train-images 10000 --kernel-size 5 --batch-size 256 --warmup-epochs 2"
 
 # Each table: a row's name -> flags of train.py, and the seeds.
@@ -50,6 +52,10 @@ TABLES = {
     }, (0, 1)),
     "glyphs": ({"h-ssl": "", "a-ssl": "--method a-ssl", "h-ssl, temperature 0.1": "--temperature 0.1",
                 "h-ssl, grid 1": "--grid 1"}, (0, 1, 2)),
+    "cifar10": ({f"{g} {m}": f"--dataset cifar10 --train-images 5000 --epochs 6 {IMAGES} --group {g} --method {m} {RESIDUAL[g]}"
+                 for g in RESIDUAL for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
+    "tiny-imagenet": ({f"{g} {m}": f"--dataset tiny-imagenet --train-images 4000 --epochs 4 {IMAGES} --group {g} --method {m} {RESIDUAL[g]}"
+                       for g in RESIDUAL for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
 }
 
 
@@ -68,7 +74,7 @@ def run(flags, seed, out, data_dir):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--data-dir", default="datasets", help="where MNIST is, or is downloaded to")
+    parser.add_argument("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
     parser.add_argument("--runs", default="runs/trials", help="folder of the runs' folders")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores")
     args = parser.parse_args()
@@ -76,14 +82,14 @@ def main():
     rows, seeds = TABLES[args.table]
 
     def one(job):
-        (name, flags), seed = job
+        seed, (name, flags) = job
         out = Path(args.runs) / f"{args.table}-{name.replace(' ', '-').replace(',', '')}-{seed}"
         return name, flags, seed, run(flags, seed, out, args.data_dir)
 
-    if args.table != "glyphs":
-        datasets.load("mnist", args.data_dir)                          # downloaded once, before several runs would
+    dataset = args.table if args.table in ("glyphs", "cifar10", "tiny-imagenet") else "mnist"
+    datasets.load(dataset, args.data_dir)                              # downloaded once, before several runs would
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(one, itertools.product(rows.items(), seeds)))
+        results = list(pool.map(one, itertools.product(seeds, rows.items())))
     record = dict(machine=f"{platform.machine()}, {os.cpu_count()} cores", torch=torch.__version__,
                   runs=[dict(row=name, flags=flags, seed=seed, **result) for name, flags, seed, result in results])
     folder = ROOT / "experiments" / "results"

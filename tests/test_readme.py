@@ -40,8 +40,9 @@ def test_a_component_imports_none_of_its_neighbours(name):
     assert imported and not imported & {path.stem for path in ROOT.glob("*.py")}
 
 
-def test_defaults_are_the_paper_s():
-    """paper.md section 3: what `torchrun --nproc_per_node=8 train.py --dataset mnist` runs."""
-    args = train.parse(["--dataset", "mnist"])
-    assert (args.method, args.epochs, args.batch_size, args.lr, args.lr_per_256) == ("h-ssl", 500, 4096, 0.1, False)
+@pytest.mark.parametrize("dataset, epochs", (("mnist", 500), ("cifar10", 1300), ("tiny-imagenet", 1300)))
+def test_defaults_are_the_paper_s(dataset, epochs):
+    """paper.md section 3: what `torchrun --nproc_per_node=8 train.py --dataset mnist` and the others run."""
+    args = train.parse(["--dataset", dataset])
+    assert (args.method, args.epochs, args.batch_size, args.lr, args.lr_per_256) == ("h-ssl", epochs, 4096, 0.1, False)
     assert (args.temperature, args.warmup_epochs, args.weight_decay, args.momentum, args.trust_coefficient) == (0.1, 10, 1e-4, 0.9, 0.001)

@@ -44,7 +44,8 @@ def test_train_then_probe(tmp_path):
 
 
 @pytest.mark.parametrize("flags", ("--method a-ssl --group scale", "--method supervised", "--method frozen",
-                                   "--group translation --amp bfloat16", "--elements 8 --extent 2 --padding circular"))
+                                   "--group translation --amp bfloat16", "--elements 8 --extent 2 --padding circular",
+                                   "--backbone residual --widths 2 3 4 5 --depth 10 --grid 4"))
 def test_every_method_and_group_runs(flags, tmp_path, capsys):
     args = train.parse([*SMALL, *flags.split(), "--out", str(tmp_path / "run")])
     train.main(args)
