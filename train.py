@@ -161,12 +161,12 @@ def prepare(args, rank, local_rank, world, device):
     Raises:
         ValueError: in one line.
     """
-    if local_rank == 0:                                        # one process of each machine downloads
-        data = datasets.load(args.dataset, args.data_dir, device, args.train_images)
-    if world > 1:
-        dist.barrier()
-    if local_rank != 0:
-        data = datasets.load(args.dataset, args.data_dir, device, args.train_images)
+    turn = 0 if rank == 0 else 1 if local_rank == 0 else 2     # one process downloads, then one of each other machine, if it must
+    for now in range(3):
+        if now == turn:
+            data = datasets.load(args.dataset, args.data_dir, device, args.train_images)
+        if world > 1:
+            dist.barrier()
     channels, side = data.train_images.shape[1], data.train_images.shape[-1]
     if args.batch_size > len(data.train_images) and args.method != "frozen":
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(data.train_images)} training images")
