@@ -32,13 +32,13 @@ from probe import PARTS, Log, Parser, build, probe_as_set, read_run, represent, 
 
 # What differs between data sets. But for glyphs, epochs to temperature are the paper's apart from the trust coefficient, which
 # it does not state; window is translation's base space, positions a side. The README says why the others are what they are.
-RESIDUAL = dict(group="translation", backbone="residual", epochs=1300, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001,
-                temperature=0.1, widths=(16, 128, 256, 512), kernel_size=7, grid=4)
+RESIDUAL = dict(group="translation", epochs=1300, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001, temperature=0.1,
+                backbone="residual", widths=(16, 128, 256, 512), kernel_size=7, grid=4)
 DEFAULTS = {
-    "glyphs": dict(group="rotation", backbone="mnist", window=4, grid=0, epochs=8, batch_size=256, warmup_epochs=1, trust_coefficient=0.01, temperature=1.0,
-                   widths=(4, 8, 16), kernel_size=5),
-    "mnist": dict(group="translation", backbone="mnist", window=4, grid=0, epochs=500, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001, temperature=0.1,
-                  widths=(32, 63, 95), kernel_size=7),
+    "glyphs": dict(group="rotation", epochs=8, batch_size=256, warmup_epochs=1, trust_coefficient=0.01, temperature=1.0,
+                   backbone="mnist", widths=(4, 8, 16), kernel_size=5, window=4, grid=0),
+    "mnist": dict(group="translation", epochs=500, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001, temperature=0.1,
+                  backbone="mnist", widths=(32, 63, 95), kernel_size=7, window=4, grid=0),
     "cifar10": RESIDUAL | dict(window=4),
     "tiny-imagenet": RESIDUAL | dict(window=8),
 }

@@ -1,6 +1,6 @@
 """Small trainings on a CPU, one table a command. Each table is a list of runs of train.py; finished runs are kept.
 
-    python experiments/trials.py {groups,rates,long,trust,readouts,glyphs,cifar10,tiny-imagenet} --data-dir DATASETS [--jobs 2] [--runs runs/trials]
+    python experiments/trials.py {groups,rates,long,trust,readouts,glyphs,cifar10,cifar10-groups,tiny-imagenet} --data-dir DATASETS [--jobs 2] [--runs runs/trials]
 
 writes experiments/results/TABLE.json (each run's settings and results, the machine, the torch version) and prints the
 table: mean and standard deviation over whole trainings, one per seed.
@@ -26,8 +26,9 @@ MNIST = "--dataset mnist --train-images 10000 --batch-size 512 --epochs 8 --warm
 WIDTHS = {"translation": "--widths 16 32 64 --kernel-size 5", "rotation": "--widths 8 16 32 --kernel-size 5",
           "scale": "--widths 8 16 32 --kernel-size 7"}
 SMALL = "--dataset mnist --group rotation --train-images 5000 --widths 4 8 16 --kernel-size 5 --warmup-epochs 1 --trust-coefficient 0.03"
-IMAGES = "--batch-size 256 --warmup-epochs 1 --trust-coefficient 0.01 --depth 10 --kernel-size 5 --probe-epochs 40"
-RESIDUAL = {"translation": "--widths 8 16 32 64 --grid 1", "rotation": "--widths 4 8 16 32 --extent 1", "scale": "--widths 4 8 16 32"}
+RESIDUAL = "--batch-size 256 --warmup-epochs 1 --depth 10 --kernel-size 5 --probe-epochs 40"
+CIFAR = f"--dataset cifar10 --train-images 5000 {RESIDUAL} --trust-coefficient 0.01"
+TINY = f"--dataset tiny-imagenet --train-images 4000 --epochs 4 {RESIDUAL} --trust-coefficient 0.03 --widths 4 8 16 32"
 LONG = "--dataset mnist --train-images 10000 --kernel-size 5 --batch-size 256 --warmup-epochs 2"
 
 # Each table: a row's name -> flags of train.py, and the seeds.
@@ -52,10 +53,10 @@ TABLES = {
     }, (0, 1)),
     "glyphs": ({"h-ssl": "", "a-ssl": "--method a-ssl", "h-ssl, temperature 0.1": "--temperature 0.1",
                 "h-ssl, grid 1": "--grid 1"}, (0, 1, 2)),
-    "cifar10": ({f"{g} {m}": f"--dataset cifar10 --train-images 5000 --epochs 6 {IMAGES} --group {g} --method {m} {RESIDUAL[g]}"
-                 for g in RESIDUAL for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
-    "tiny-imagenet": ({f"{g} {m}": f"--dataset tiny-imagenet --train-images 4000 --epochs 4 {IMAGES} --group {g} --method {m} {RESIDUAL[g]}"
-                       for g in RESIDUAL for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
+    "cifar10": ({f"translation {m}": f"{CIFAR} --epochs 12 --widths 8 16 32 64 --grid 1 --method {m}" for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
+    "cifar10-groups": ({f"{g} {m}": f"{CIFAR} --epochs 6 --widths 4 8 16 32 --group {g} --extent 1 --method {m}"
+                        for g in ("rotation", "scale") for m in ("h-ssl", "a-ssl")}, (0,)),
+    "tiny-imagenet": ({f"translation {m}": f"{TINY} --method {m}" for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
 }
 
 
@@ -86,7 +87,7 @@ def main():
         out = Path(args.runs) / f"{args.table}-{name.replace(' ', '-').replace(',', '')}-{seed}"
         return name, flags, seed, run(flags, seed, out, args.data_dir)
 
-    dataset = args.table if args.table in ("glyphs", "cifar10", "tiny-imagenet") else "mnist"
+    dataset = next((name for name in ("glyphs", "cifar10", "tiny-imagenet") if args.table.startswith(name)), "mnist")
     datasets.load(dataset, args.data_dir)                              # downloaded once, before several runs would
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(one, itertools.product(seeds, rows.items())))

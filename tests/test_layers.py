@@ -7,13 +7,7 @@ from torch import nn
 from hssl import Rotation, Scale, Translation, allowed_pairs, crop, readout
 from layers import GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement, steerable_basis
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def by_loops(layer, x, cyclic):

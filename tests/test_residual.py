@@ -7,15 +7,8 @@ from torch import nn
 from hssl import Rotation
 from layers import PerElement, ResidualBackbone, ResidualBlock
 
+pytestmark = pytest.mark.usefixtures("float64")
 WIDTHS = (2, 3, 4, 5)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def randomised(group, elements, **options):
