@@ -33,12 +33,12 @@ from probe import PARTS, Log, Parser, build, probe_as_set, read_run, represent, 
 # What differs between data sets. But for glyphs, epochs to temperature are the paper's apart from the trust coefficient, which
 # it does not state; window is translation's base space, positions a side. The README says why the others are what they are.
 RESIDUAL = dict(group="translation", epochs=1300, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001, temperature=0.1,
-                backbone="residual", widths=(16, 128, 256, 512), kernel_size=7, grid=4)
+                backbone="residual", widths=(16, 128, 256, 512), kernel_size=7, grid=4, probe_grid=1)
 DEFAULTS = {
     "glyphs": dict(group="rotation", epochs=8, batch_size=256, warmup_epochs=1, trust_coefficient=0.01, temperature=1.0,
-                   backbone="mnist", widths=(4, 8, 16), kernel_size=5, window=4, grid=0),
+                   backbone="mnist", widths=(4, 8, 16), kernel_size=5, window=4, grid=0, probe_grid=2),
     "mnist": dict(group="translation", epochs=500, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001, temperature=0.1,
-                  backbone="mnist", widths=(32, 63, 95), kernel_size=7, window=4, grid=0),
+                  backbone="mnist", widths=(32, 63, 95), kernel_size=7, window=4, grid=0, probe_grid=2),
     "cifar10": RESIDUAL | dict(window=4),
     "tiny-imagenet": RESIDUAL | dict(window=8),
 }
@@ -99,7 +99,7 @@ def parse(argv=None):
     add("--max-distance", type=number(int, 1), help="largest topographic distance of two views; default: no limit")
     add("--grid", type=number(int, 0), help="average each map of a view to so many cells a side before the head; 0 keeps all; default: the data set's (mnist: 0)")
     add("--head-widths", type=number(int, 1), nargs=2, default=(512, 128), metavar="D", help="hidden and output width of the projection head")
-    add("--probe-grid", type=number(int, 0), default=2, help="average each map to so many cells a side for the detached classifier; 0 keeps all")
+    add("--probe-grid", type=number(int, 0), help="average each map to so many cells a side for the detached classifier; 0 keeps all; default: the data set's (mnist: 2)")
     add("--probe-epochs", type=number(int, 1), default=100, help="of the detached classifier (Adam)")
     add("--probe-lr", type=number(float, 0, above=True), default=0.01, help="of the detached classifier (Adam)")
     args = p.parse_args(argv)

@@ -53,8 +53,8 @@ TABLES = {
     }, (0, 1)),
     "glyphs": ({"h-ssl": "", "a-ssl": "--method a-ssl", "h-ssl, temperature 0.1": "--temperature 0.1",
                 "h-ssl, grid 1": "--grid 1"}, (0, 1, 2)),
-    "cifar10": ({f"translation {m}": f"{CIFAR} --epochs 12 --widths 8 16 32 64 --grid 1 --method {m}" for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
-    "cifar10-groups": ({f"{g} {m}": f"{CIFAR} --epochs 6 --widths 4 8 16 32 --group {g} --extent 1 --method {m}"
+    "cifar10": ({f"translation {m}": f"{CIFAR} --epochs 8 --widths 8 16 32 64 --grid 1 --method {m}" for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
+    "cifar10-groups": ({f"{g} {m}": f"{CIFAR} --epochs 6 --widths 4 8 16 32 --group {g} --extent 1 --probe-grid 2 --method {m}"
                         for g in ("rotation", "scale") for m in ("h-ssl", "a-ssl")}, (0,)),
     "tiny-imagenet": ({f"translation {m}": f"{TINY} --method {m}" for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
 }
