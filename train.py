@@ -202,7 +202,11 @@ def main(args):
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        # After a restart torchrun's store still holds the addresses of the processes before (github.com/pytorch/pytorch/issues/135712).
+        # One machine's processes count restarts alike and keep apart by them; several machines' do not: see the README.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device if cuda else None)
     chief = rank == 0
     torch.manual_seed(args.seed)
     try:
