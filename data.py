@@ -58,6 +58,10 @@ def load(name, folder, device="cpu", train_images=None):
                    test_images=data.test_images.to(device), test_labels=data.test_labels.to(device))
 
 
+def _in_one_line(error):
+    return " ".join(f"{type(error).__name__} {error}".split())
+
+
 def mnist(folder):
     """MNIST through torchvision: 60,000 training and 10,000 test images, 1x28x28, 10 classes.
 
@@ -75,7 +79,7 @@ def mnist(folder):
             if images.shape != (len(labels), 28, 28) or labels.max() > 9:
                 raise ValueError(f"{len(labels)} labels up to {labels.max()} for images {tuple(images.shape)}")
         except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:     # torchvision raises them all
-            reason = " ".join(f"{type(error).__name__} {error}".split())
+            reason = _in_one_line(error)
             if not all(path.is_file() for pair in files.values() for path in pair):
                 names = ", ".join(path.name for pair in files.values() for path in pair)
                 raise ValueError(f"cannot download MNIST ({reason}); put these into {raw}, as they are or as .gz: {names}") from None
@@ -100,7 +104,7 @@ def cifar10(folder):
             if images.shape != (len(labels), 3, 32, 32) or images.dtype != torch.uint8 or not 0 <= labels.min() <= labels.max() <= 9:
                 raise ValueError(f"{len(labels)} labels up to {labels.max()} for images {tuple(images.shape)}")
         except Exception as error:                                  # torchvision unpickles these files, so anything can come up
-            reason = " ".join(f"{type(error).__name__} {error}".split())
+            reason = _in_one_line(error)
             raise ValueError(f"cannot download or read CIFAR-10 ({reason}): put cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz into "
                              f"{folder}, or its data_batch_1 to data_batch_5, test_batch and batches.meta into {path}, unaltered") from None
         splits += images, labels
@@ -148,7 +152,7 @@ def _download_tiny_imagenet(folder, tree):
         os.replace(folder / "tiny-imagenet-200-part" / tree.name, tree)
         (folder / "tiny-imagenet-200-part").rmdir()
     except Exception as error:                                      # no network, no room, a wrong checksum, a broken archive
-        raise ValueError(f"cannot download Tiny ImageNet ({' '.join(f'{type(error).__name__} {error}'.split())}): put "
+        raise ValueError(f"cannot download Tiny ImageNet ({_in_one_line(error)}): put "
                          f"tiny-imagenet-200.zip from {address} into {folder}, or its unpacked folder {tree.name}") from None
 
 
