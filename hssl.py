@@ -108,17 +108,17 @@ class Translation:
         self.corner = (size - side) // 2                          # of the window at g = 0
         # The window of Γ_g z is the window of z at corner - g.
         first, last = (0, size - 1) if circular else (self.corner + side - size, self.corner)
-        steps = torch.arange(first, last + 1)
+        steps, self.reach = torch.arange(first, last + 1), max(-first, last)
         self.elements = torch.cartesian_prod(steps, steps)                                          # (M, 2)
 
     def T(self, g, x):
-        return crop(x, -g * self.stride, x.shape[-2:], self.circular)
+        return crop(x, -g * self.stride, x.shape[-2:], self.stride * self.reach, self.circular)
 
     def Γ(self, g, z):
-        return crop(z.squeeze(2), -g, z.shape[-2:], self.circular).unsqueeze(2)
+        return crop(z.squeeze(2), -g, z.shape[-2:], self.reach, self.circular).unsqueeze(2)
 
     def view(self, g, z):                                                                           # (B, C, 1, side, side)
-        return crop(z.squeeze(2), self.corner - g, (self.side, self.side), self.circular).unsqueeze(2)
+        return crop(z.squeeze(2), self.corner - g, (self.side, self.side), circular=self.circular).unsqueeze(2)
 
     def base(self, z):
         window = slice(self.corner, self.corner + self.side)
@@ -225,20 +225,20 @@ def read(x, index):
     return x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1))
 
 
-def crop(x, corner, size, circular):
+def crop(x, corner, size, margin=0, circular=False):
     """Cut a window from each map: x (B, C, H, W), corner (B, 2) top left, size (h, w) -> (B, C, h, w).
 
-    Beyond the map stand the positions of its other side if circular, else zeros.
+    Beyond the map stand the positions of its other side if circular, else zeros, up to `margin` positions away.
     """
+    if margin and not circular:
+        x, corner = F.pad(x, [margin] * 4), corner + margin
     height, width = x.shape[-2:]
     rows = corner[:, :1] + torch.arange(size[0], device=x.device)                                   # (B, h)
     columns = corner[:, 1:] + torch.arange(size[1], device=x.device)                                # (B, w)
-    index = (rows % height)[:, :, None] * width + (columns % width)[:, None, :]                     # (B, h, w)
-    window = read(x, index.flatten(1)).unflatten(2, tuple(size))
     if circular:
-        return window
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    return window * inside[:, None]
+        rows, columns = rows % height, columns % width
+    index = (rows * width)[:, :, None] + columns[:, None, :]                                        # (B, h, w)
+    return read(x, index.flatten(1)).unflatten(2, tuple(size))
 
 
 def rotate(x, g, orientations, outside="zeros"):
@@ -273,7 +273,10 @@ def warp(x, matrix, outside):
     background is whatever the encoder makes of it, and the border shows that).
     """
     matrix = matrix.to(torch.promote_types(x.dtype, torch.float32))                                 # half is too coarse for positions
-    grid = F.affine_grid(F.pad(matrix, (0, 1)), list(x.shape), align_corners=False)                 # (B, H, W, 2)
+    height, width = x.shape[-2:]
+    row, column = (torch.arange(1 - n, n, 2, device=x.device, dtype=matrix.dtype) / n for n in (height, width))
+    u = torch.stack([column.expand(height, width), row[:, None].expand(height, width)]).flatten(1)   # (2, H·W): x and y, -1 to 1
+    grid = (matrix.flatten(0, 1) @ u).view(-1, 2, height, width).movedim(1, -1)                     # (B, H, W, 2)
     return F.grid_sample(x.to(grid.dtype), grid, mode="bilinear", padding_mode=outside, align_corners=False).to(x.dtype)
 
 

@@ -42,23 +42,19 @@ class LARS(torch.optim.Optimizer):
             with_grad = [w for w in group["params"] if w.grad is not None]
             weights = [w for w in with_grad if w.ndim > 1]
             vectors = [w for w in with_grad if w.ndim <= 1]
-            updates = []
-            if weights:
-                updates = torch._foreach_add([w.grad for w in weights], weights, alpha=group["weight_decay"])
-                w_norm = torch.stack(torch._foreach_norm(weights))
-                d_norm = torch.stack(torch._foreach_norm(updates))
-                ratio = torch.where((w_norm > 0) & (d_norm > 0), group["trust_coefficient"] * w_norm / d_norm, 1.0)
-                torch._foreach_mul_(updates, list(ratio.unbind()))
-            updates = [*updates, *(w.grad for w in vectors)]
-            params = weights + vectors
-            if not params:
-                continue
-            momenta = []
-            for w in params:
+            for w in with_grad:
                 if "momentum" not in self.state[w]:
                     self.state[w]["momentum"] = torch.zeros_like(w)
-                momenta.append(self.state[w]["momentum"])
+            momenta = [self.state[w]["momentum"] for w in weights + vectors]
+            if not momenta:
+                continue
             torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, updates)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+            if weights:
+                d = torch._foreach_add([w.grad for w in weights], weights, alpha=group["weight_decay"])
+                w_norm, d_norm = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, d))
+                ratio = torch.where((w_norm > 0) & (d_norm > 0), group["trust_coefficient"] * w_norm / d_norm, 1.0)
+                torch._foreach_addcmul_(momenta[:len(weights)], d, list(ratio.unbind()))
+            if vectors:
+                torch._foreach_add_(momenta[len(weights):], [w.grad for w in vectors])
+            torch._foreach_add_(weights + vectors, momenta, alpha=-group["lr"])
         return loss

@@ -32,14 +32,29 @@ def hermite_orders(group, effective_size):
     return [(n, m) for n in range(effective_size) for m in range(effective_size)]
 
 
-def hermite_gaussian(x, y, n, m, sigma):
-    """He_n(x/σ) He_m(y/σ) exp(-(x² + y²) / 2σ²) / σ² at the points x, y, in pixels (paper.md section 2, SESN)."""
-    def he(order, t):                      # probabilists' Hermite polynomials: He_{j+1} = t He_j - j He_{j-1}
-        previous, current = torch.zeros_like(t), torch.ones_like(t)
-        for j in range(order):
-            previous, current = current, t * current - j * previous
-        return current
-    return he(n, x / sigma) * he(m, y / sigma) * torch.exp(-(x**2 + y**2) / (2 * sigma**2)) / sigma**2
+def hermite_gaussian(t, order, sigma):
+    """He_order(t/σ) exp(-t² / 2σ²) / σ at the points t, in pixels; a basis function is the product of one in x and one in y
+    (paper.md section 2, SESN)."""
+    previous, current = torch.zeros_like(t), torch.ones_like(t)
+    for j in range(order):                 # probabilists' Hermite polynomials: He_{j+1} = t He_j - j He_{j-1}
+        previous, current = current, t / sigma * current - j * previous
+    return current * torch.exp(-t**2 / (2 * sigma**2)) / sigma
+
+
+def steerable_taps(group, elements, kernel_size, effective_size, sigma, scale_step=1.41):
+    """Sample the 1-D functions whose products are the basis: (S, O, k) in float64, S = elements for scale, else 1.
+
+    taps[s, n] outer-multiplied by taps[s, m] is the function of orders (n, m) at scale s, for rotation the unturned one.
+    Arguments and norms: see `steerable_basis`.
+    """
+    t = torch.arange(-(kernel_size // 2), kernel_size // 2 + 1, dtype=torch.float64)
+    orders, taps = max(hermite_orders(group, effective_size))[0] + 1, []
+    for i in range(elements if group == "scale" else 1):
+        width = sigma * scale_step**i
+        window = int(kernel_size * width / (sigma * scale_step ** (elements - 1))) // 2 * 2 + 1 if group == "scale" else kernel_size
+        taps.append(torch.stack([hermite_gaussian(t, n, width) * (t.abs() <= window // 2) for n in range(orders)]))
+    taps = torch.stack(taps)
+    return taps / taps[:1].square().sum(2, keepdim=True).sqrt()
 
 
 def steerable_basis(group, elements, kernel_size, effective_size, sigma, scale_step=1.41):
@@ -70,22 +85,20 @@ def steerable_basis(group, elements, kernel_size, effective_size, sigma, scale_s
     if effective_size < 1 or sigma <= 0 or scale_step <= 1:
         raise ValueError(f"need effective_size >= 1, sigma > 0, scale_step > 1; got {effective_size}, {sigma}, {scale_step}")
 
-    half = kernel_size // 2
-    y, x = torch.meshgrid(*[torch.arange(-half, half + 1, dtype=torch.float64)] * 2, indexing="ij")   # rows point down
     orders = hermite_orders(group, effective_size)
-    samples = []
-    for i in range(elements):
-        if group == "scale":
-            width = sigma * scale_step**i
-            window = int(kernel_size * width / (sigma * scale_step ** (elements - 1))) // 2 * 2 + 1
-            inside = (x.abs() <= window // 2) & (y.abs() <= window // 2)
-            samples.append(torch.stack([hermite_gaussian(x, y, n, m, width) * inside for n, m in orders]))
-        else:
+    if group == "rotation":
+        half = kernel_size // 2
+        y, x = torch.meshgrid(*[torch.arange(-half, half + 1, dtype=torch.float64)] * 2, indexing="ij")   # rows point down
+        samples = []
+        for i in range(elements):
             # Turning ψ counter-clockwise by θ reads it at the point turned back; rounding makes quarter turns exact.
             cos, sin = (round(t(2 * math.pi * i / elements), 15) for t in (math.cos, math.sin))
             u, v = cos * x - sin * y, sin * x + cos * y
-            samples.append(torch.stack([hermite_gaussian(u, v, n, m, sigma) for n, m in orders]))
-    basis = torch.stack(samples, dim=1)                                                             # (K, G, k, k)
+            samples.append(torch.stack([hermite_gaussian(u, n, sigma) * hermite_gaussian(v, m, sigma) for n, m in orders]))
+        basis = torch.stack(samples, dim=1)                                                         # (K, G, k, k)
+    else:
+        taps = steerable_taps(group, elements, kernel_size, effective_size, sigma, scale_step)
+        basis = torch.stack([taps[:, m, :, None] * taps[:, n, None, :] for n, m in orders])
     norm = basis[:, :1].square().sum((2, 3), keepdim=True).sqrt()
     if not (norm > 1e-12).all():                                # nor is any nan
         raise ValueError(f"a basis function vanishes on a {kernel_size}x{kernel_size} kernel with sigma {sigma}: "
@@ -94,6 +107,31 @@ def steerable_basis(group, elements, kernel_size, effective_size, sigma, scale_s
 
 
 # ------------------------------------------------------------------------------------------------- convolution layers
+
+def separable_conv2d(x, weight, taps, groups=1, circular=False):
+    """Convolve with filters that are sums of products of 1-D functions: along the rows, across channels, along the columns.
+
+    That is conv2d with the filters Σ weight[.., (n, m)] taps[n](x) taps[m](y), without making them: K + a few products per
+    weight and position in place of k². It keeps O times its input for the backward pass.
+
+    Args:
+        x: (B, S·C, H, W), S = groups.
+        weight: (S·C', C, K), over the orders (n, m) as `hermite_orders` lists them.
+        taps: (S, O, k), or (1, O, k) for all groups.
+    """
+    x, weight = x.unflatten(1, (groups, -1)), weight.unflatten(0, (groups, -1))                     # (B, S, C, H, W), (S, C', C, K)
+    orders, half = taps.shape[1], taps.shape[2] // 2
+    # K is O² (all pairs) or O (O + 1) / 2 (n + m < O): how many m there are for each n.
+    counts = [orders] * orders if weight.shape[3] == orders**2 else list(range(orders, 0, -1))
+
+    def bands(size):                                           # correlating a line with a tap, as a matrix: (S, O, size, size)
+        points = F.pad(torch.eye(size, dtype=taps.dtype, device=x.device)[:, None], [half] * 2, mode="circular" if circular else "constant")
+        return F.conv1d(points, taps.flatten(0, 1)[:, None]).unflatten(1, taps.shape[:2]).permute(1, 2, 0, 3).expand(groups, -1, -1, -1)
+
+    down = torch.einsum("bschw,smhv->bsmcvw", x, bands(x.shape[3]))
+    mixed = torch.stack([torch.einsum("bsmchw,socm->bsohw", down[:, :, :w.shape[3]], w) for w in weight.split(counts, 3)], 2)
+    return torch.einsum("bsnohw,snwv->bsohv", mixed, bands(x.shape[4])).flatten(1, 2)               # (B, S·C', H, W)
+
 
 class SteerableConv2d(nn.Module):
     """What both layers below share: weights over the basis, the filters they make, padding and bias.
@@ -104,29 +142,40 @@ class SteerableConv2d(nn.Module):
         extent: E, the number of neighbouring elements that a filter of the group layer spans, 1 to G.
         padding_mode: "zeros" or "circular"; the map keeps its size.
         bias: one number per channel, the same for all elements.
+        taps: (S, O, k), from `steerable_taps`, to convolve by `separable_conv2d`; None for conv2d. Equal but for rounding.
     """
 
-    def __init__(self, in_channels, out_channels, basis, extent=1, padding_mode="zeros", bias=True):
+    def __init__(self, in_channels, out_channels, basis, extent=1, padding_mode="zeros", bias=True, taps=None):
         super().__init__()
         if not 1 <= extent <= basis.shape[1]:
             raise ValueError(f"extent is {extent}, but must be 1 to {basis.shape[1]}, the number of elements")
         if padding_mode not in ("zeros", "circular"):
             raise ValueError(f"padding_mode is {padding_mode!r}, but must be 'zeros' or 'circular'")
+        if taps is not None and len(taps) > 1 and extent > 1:
+            raise ValueError("a filter that spans several scales reads each through taps of another: it is not separable")
         self.extent, self.padding_mode = extent, padding_mode
         self.elements, self.padding = basis.shape[1], basis.shape[2] // 2
-        self.register_buffer("basis", basis.to(torch.get_default_dtype()), persistent=False)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, extent, basis.shape[0]))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight.view(out_channels, -1), a=5**0.5)                      # as SESN does
+        if taps is not None:                                   # (K, G, K): the basis in terms of products of taps, which are
+            flat = basis.flatten(2).permute(1, 2, 0)           # its own functions for scale, the unturned ones for rotation
+            products = flat if len(taps) > 1 else flat[:1].expand_as(flat)
+            basis, taps = torch.linalg.lstsq(products, flat).solution.permute(2, 0, 1), taps.to(torch.get_default_dtype())
+        self.register_buffer("taps", taps, persistent=False)
+        self.register_buffer("basis", basis.to(torch.get_default_dtype()), persistent=False)
 
     def filters(self):
-        """Learned combinations of the basis: (C', C, E, G, k, k)."""
+        """Learned combinations of the basis: (C', C, E, G, k, k), or (C', C, E, G, K) over the products of taps."""
         return torch.tensordot(self.weight, self.basis, dims=1)
 
     def convolve(self, x, kernel, groups=1):
-        """(B, G·C or C, H, W) -> (B, C', G, H, W): one conv2d for all elements, kernel (G·C', ..., k, k)."""
+        """(B, G·C or C, H, W) -> (B, C', G, H, W): all elements at once, kernel (G·C', ..., k, k) or (G·C', ..., K)."""
         bias = None if self.bias is None else self.bias.repeat(self.elements)
-        if self.padding_mode == "circular":
+        if self.taps is not None:
+            y = separable_conv2d(x, kernel, self.taps, groups, self.padding_mode == "circular")
+            y = y if bias is None else y + bias[:, None, None]
+        elif self.padding_mode == "circular":
             y = F.conv2d(F.pad(x, [self.padding] * 4, mode="circular"), kernel, bias, groups=groups)
         else:
             y = F.conv2d(x, kernel, bias, padding=self.padding, groups=groups)
@@ -140,8 +189,7 @@ class LiftingConv2d(SteerableConv2d):
     """
 
     def forward(self, x):
-        kernel = self.filters().squeeze(2).permute(2, 0, 1, 3, 4).flatten(0, 1)                     # (G·C', C, k, k)
-        return self.convolve(x, kernel)
+        return self.convolve(x, self.filters().squeeze(2).movedim(2, 0).flatten(0, 1))              # (G·C', C, k, k)
 
 
 class GroupConv2d(SteerableConv2d):
@@ -153,8 +201,8 @@ class GroupConv2d(SteerableConv2d):
     See `SteerableConv2d` for the other arguments.
     """
 
-    def __init__(self, in_channels, out_channels, basis, extent=1, cyclic=False, padding_mode="zeros", bias=True):
-        super().__init__(in_channels, out_channels, basis, extent, padding_mode, bias)
+    def __init__(self, in_channels, out_channels, basis, extent=1, cyclic=False, padding_mode="zeros", bias=True, taps=None):
+        super().__init__(in_channels, out_channels, basis, extent, padding_mode, bias, taps)
         g, h = torch.meshgrid(torch.arange(self.elements), torch.arange(self.elements), indexing="ij")
         offset = (h - g) % self.elements if cyclic else h - g                  # input element h, as output element g sees it
         reached = (offset >= 0) & (offset < extent)
@@ -164,11 +212,10 @@ class GroupConv2d(SteerableConv2d):
     def forward(self, x):
         x, filters = x.transpose(1, 2).flatten(1, 2), self.filters()                                # (B, G·C, H, W)
         if self.extent == 1:
-            kernel = filters.squeeze(2).permute(2, 0, 1, 3, 4).flatten(0, 1)                        # (G·C', C, k, k)
-            return self.convolve(x, kernel, groups=self.elements)
-        filters = F.pad(filters, (0, 0, 0, 0, 0, 0, 0, 1)).flatten(2, 3)                            # (C', C, (E+1)·G, k, k)
+            return self.convolve(x, filters.squeeze(2).movedim(2, 0).flatten(0, 1), groups=self.elements)   # (G·C', C, k, k)
+        filters = torch.cat([filters, torch.zeros_like(filters[:, :, :1])], 2).flatten(2, 3)        # (C', C, (E+1)·G, k, k)
         kernel = filters.index_select(2, self.place).unflatten(2, (self.elements, self.elements))   # (C', C, G, G, k, k)
-        return self.convolve(x, kernel.permute(2, 0, 3, 1, 4, 5).flatten(2, 3).flatten(0, 1))       # (G·C', G·C, k, k)
+        return self.convolve(x, kernel.movedim(2, 0).movedim(3, 2).flatten(2, 3).flatten(0, 1))     # (G·C', G·C, k, k)
 
 
 class PerElement(nn.Sequential):
@@ -269,6 +316,7 @@ class ResidualBackbone(nn.Sequential):
         widths: channels of the lifting layer and of the three stages; SESN has 16, 128, 256, 512.
         depth: 6n + 4; SESN has 16.
         extent, padding_mode: as for `MNISTBackbone`.
+        separable_from: convolve by `separable_conv2d` between layers of at least so many channels; 0 for nowhere.
 
     Raises:
         ValueError: for sizes that do not fit, here or, for the image, in the forward pass.
@@ -277,7 +325,7 @@ class ResidualBackbone(nn.Sequential):
     stride = 4
 
     def __init__(self, group="translation", elements=1, widths=(16, 128, 256, 512), in_channels=3, kernel_size=7,
-                 effective_size=3, sigma=0.9, scale_step=1.41, extent=None, padding_mode="zeros", depth=16):
+                 effective_size=3, sigma=0.9, scale_step=1.41, extent=None, padding_mode="zeros", depth=16, separable_from=0):
         basis = steerable_basis(group, elements, kernel_size, effective_size, sigma, scale_step)
         if len(widths) != 4 or min(widths) < 1:
             raise ValueError(f"widths are {tuple(widths)}, but must be four positive numbers")
@@ -286,8 +334,11 @@ class ResidualBackbone(nn.Sequential):
         if extent is None:
             extent = elements if group == "rotation" else 1
 
+        taps = steerable_taps(group, elements, kernel_size, effective_size, sigma, scale_step)
+
         def convolution(channels, out_channels):
-            return GroupConv2d(channels, out_channels, basis, extent, group == "rotation", padding_mode, bias=False)
+            separable = 0 < separable_from <= min(channels, out_channels) and (extent == 1 or group == "rotation")
+            return GroupConv2d(channels, out_channels, basis, extent, group == "rotation", padding_mode, False, taps if separable else None)
 
         layers = [LiftingConv2d(in_channels, widths[0], basis, padding_mode=padding_mode, bias=False)]
         for stage in range(3):

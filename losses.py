@@ -40,11 +40,13 @@ def nt_xent(h1, h2, temperature=0.1):
         if dist.is_available() and dist.is_initialized():
             rank, world = dist.get_rank(), dist.get_world_size()
             candidates = AllGather.apply(h)                                                        # (R·2N, D)
-        logits = h @ candidates.T / temperature                                                    # (2N, R·2N)
-        here = torch.arange(2 * n, device=h.device)
-        own, partner = rank * 2 * n + here, rank * 2 * n + (here + n) % (2 * n)
-        logits = logits.scatter(1, own[:, None], float("-inf"))                                    # never against itself
-        return F.cross_entropy(logits, partner)
+        loss, here = 0.0, torch.arange(n, device=h.device)
+        for view in range(2):                                   # one after the other: half the memory of both at once
+            own, partner = (rank * 2 * n + v * n + here for v in (view, 1 - view))                 # (N,): columns
+            logits = (h[view * n:][:n] / temperature) @ candidates.T                               # (N, R·2N)
+            logits.scatter_(1, own[:, None], float("-inf"))                                        # never against itself
+            loss = loss + F.cross_entropy(logits, partner) / 2
+        return loss
 
 
 class AllGather(torch.autograd.Function):

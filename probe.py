@@ -37,7 +37,8 @@ def build(settings, channels, side):
         ValueError: for settings that fit neither each other nor the images.
     """
     s = settings
-    network = functools.partial(ResidualBackbone, depth=s["depth"]) if s["backbone"] == "residual" else MNISTBackbone
+    residual = functools.partial(ResidualBackbone, depth=s["depth"], separable_from=s["separable_from"])
+    network = residual if s["backbone"] == "residual" else MNISTBackbone
     encoder = network(s["group"], s["elements"], s["widths"], channels, s["kernel_size"], s["effective_size"],
                       s["sigma"], s["scale_step"], s["extent"], s["padding"])
     if s["kernel_size"] > side:
@@ -199,7 +200,7 @@ def read_run(settings):
             raise ValueError(f"{out} holds {min(strange)} but no checkpoint.pt, so no run to continue: choose another --out")
         return None
     checkpoint = load_checkpoint(out / "checkpoint.pt")
-    made_with, free = checkpoint["settings"], {"resume", "out", "data_dir", "device", "save_every", "log_every"}
+    made_with, free = checkpoint["settings"], {"resume", "out", "data_dir", "device", "save_every", "log_every", "separable_from"}
     changed = [k for k, v in json.loads(json.dumps(settings)).items() if k not in free and made_with.get(k) != v]
     if changed:
         raise ValueError(f"{out} was made with " + ", ".join(f"--{k.replace('_', '-')} {made_with.get(k)}" for k in changed)

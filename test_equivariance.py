@@ -232,7 +232,7 @@ def test_turned_basis_is_the_linear_combination_that_steering_gives(elements):
     orders, sigma = hermite_orders("rotation", 3), 0.9
     basis = steerable_basis("rotation", elements, 7, 3, sigma)
     y, x = torch.meshgrid(torch.arange(-3.0, 4.0), torch.arange(-3.0, 4.0), indexing="ij")
-    norm = torch.stack([hermite_gaussian(x, y, n, m, sigma).norm() for n, m in orders])
+    norm = torch.stack([(hermite_gaussian(x, n, sigma) * hermite_gaussian(y, m, sigma)).norm() for n, m in orders])
     for k in range(elements):
         angle = torch.tensor(2 * torch.pi * k / elements)
         c, s = angle.cos().item(), angle.sin().item()
@@ -254,9 +254,12 @@ def test_the_tensor_product_set_is_not_closed_under_turning():
     y, x = torch.meshgrid(torch.arange(-3.0, 4.0), torch.arange(-3.0, 4.0), indexing="ij")
     c = 0.5**0.5
 
+    def both(x, y, n, m):
+        return hermite_gaussian(x, n, 0.9) * hermite_gaussian(y, m, 0.9)
+
     def residual(orders):
-        flat = torch.stack([hermite_gaussian(x, y, n, m, 0.9).flatten() for n, m in orders], 1)
-        turned = torch.stack([hermite_gaussian(c * x - c * y, c * x + c * y, n, m, 0.9).flatten() for n, m in orders], 1)
+        flat = torch.stack([both(x, y, n, m).flatten() for n, m in orders], 1)
+        turned = torch.stack([both(c * x - c * y, c * x + c * y, n, m).flatten() for n, m in orders], 1)
         return relative(flat @ torch.linalg.lstsq(flat, turned).solution, turned)
 
     assert residual(hermite_orders("rotation", 3)) < 1e-12

@@ -26,9 +26,9 @@ MNIST = "--dataset mnist --train-images 10000 --batch-size 512 --epochs 8 --warm
 WIDTHS = {"translation": "--widths 16 32 64 --kernel-size 5", "rotation": "--widths 8 16 32 --kernel-size 5",
           "scale": "--widths 8 16 32 --kernel-size 7"}
 SMALL = "--dataset mnist --group rotation --train-images 5000 --widths 4 8 16 --kernel-size 5 --warmup-epochs 1 --trust-coefficient 0.03"
-RESIDUAL = "--batch-size 256 --warmup-epochs 1 --depth 10 --kernel-size 5 --probe-epochs 40"
-CIFAR = f"--dataset cifar10 --train-images 5000 {RESIDUAL} --trust-coefficient 0.01"
-TINY = f"--dataset tiny-imagenet --train-images 4000 --epochs 4 {RESIDUAL} --trust-coefficient 0.03 --widths 4 8 16 32"
+RESIDUAL = "--batch-size 256 --warmup-epochs 1 --depth 10 --kernel-size 5 --probe-epochs 40 --widths 8 16 32 64 --trust-coefficient 0.01"
+CIFAR = f"--dataset cifar10 --train-images 5000 {RESIDUAL}"
+TINY = f"--dataset tiny-imagenet --train-images 16000 --epochs 3 {RESIDUAL}"
 LONG = "--dataset mnist --train-images 10000 --kernel-size 5 --batch-size 256 --warmup-epochs 2"
 
 # Each table: a row's name -> flags of train.py, and the seeds.
@@ -53,10 +53,10 @@ TABLES = {
     }, (0, 1)),
     "glyphs": ({"h-ssl": "", "a-ssl": "--method a-ssl", "h-ssl, temperature 0.1": "--temperature 0.1",
                 "h-ssl, grid 1": "--grid 1"}, (0, 1, 2)),
-    "cifar10": ({f"translation {m}": f"{CIFAR} --epochs 8 --widths 8 16 32 64 --grid 1 --method {m}" for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
-    "cifar10-groups": ({f"{g} {m}": f"{CIFAR} --epochs 6 --widths 4 8 16 32 --group {g} --extent 1 --probe-grid 2 --method {m}"
-                        for g in ("rotation", "scale") for m in ("h-ssl", "a-ssl")}, (0,)),
-    "tiny-imagenet": ({f"translation {m}": f"{TINY} --method {m}" for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
+    "cifar10": ({f"translation {m}": f"{CIFAR} --epochs 8 --grid 1 --method {m}" for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
+    "cifar10-groups": ({f"{g} {m}": f"{CIFAR} --epochs 6 --group {g} {flags} --method {m}"
+                        for g, flags in (("rotation", "--extent 1 --grid 0"), ("scale", "--kernel-size 7 --grid 1")) for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
+    "tiny-imagenet": ({f"translation {m}": f"{TINY} --grid 1 --method {m}" for m in ("h-ssl", "a-ssl")}, (0, 1, 2)),
 }
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hssl import Rotation, Scale, Translation, allowed_pairs, crop, readout
-from layers import GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement, steerable_basis
+from layers import GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement, ResidualBackbone, steerable_basis, steerable_taps
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -42,6 +42,33 @@ def test_lifting_convolution():
     torch.testing.assert_close(layer(x), by_loops(layer, x[:, :, None].expand(-1, -1, 3, -1, -1), False), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("padding", ("zeros", "circular"))
+@pytest.mark.parametrize("group, elements, extent", [("rotation", n, e) for n in (4, 8) for e in (1, 2, n)] + [("scale", 3, 1), ("translation", 1, 1)])
+def test_separable_convolution(group, elements, extent, padding):
+    """Line by line or with whole filters: the same outputs and gradients, on maps that are not square."""
+    size = dict(group=group, elements=elements, kernel_size=7, effective_size=3, sigma=0.9)
+    options = dict(extent=extent, cyclic=group == "rotation", padding_mode=padding)
+    layer = GroupConv2d(2, 3, steerable_basis(**size), **options)
+    separable = GroupConv2d(2, 3, steerable_basis(**size), **options, taps=steerable_taps(**size))
+    nn.init.normal_(layer.bias)
+    separable.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 2, elements, 8, 6, requires_grad=True)
+    y, y_separable = layer(x), separable(x)
+    direction = torch.randn_like(y)
+    torch.testing.assert_close(y_separable, y, rtol=1e-11, atol=1e-11)
+    for a, b in zip(*(torch.autograd.grad((out * direction).sum(), (x, *f.parameters())) for out, f in ((y_separable, separable), (y, layer)))):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_separable_from():
+    """Only layers with so many channels on both sides are separable, and the network computes the same."""
+    one, two = (ResidualBackbone("scale", 3, (2, 3, 4, 5), separable_from=n) for n in (0, 4))
+    two.load_state_dict(one.state_dict())
+    assert [m.taps is not None for m in two.modules() if isinstance(m, GroupConv2d)] == 5 * [False] + 7 * [True]
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(two(x), one(x), rtol=1e-10, atol=1e-10)
+
+
 def test_batch_norm_statistics_are_per_channel():
     """PerElement(BatchNorm2d) normalises each channel over (B, G, H, W)."""
     x = torch.randn(3, 2, 4, 5, 5) * 3 + 1
@@ -65,6 +92,7 @@ def test_backbone_shape_and_layout(group, elements):
     (lambda: steerable_basis("scale", 3, 1, 3, 1.0), "vanishes"),
     (lambda: GroupConv2d(1, 1, steerable_basis("rotation", 4, 5, 2, 1.0), extent=5), "1 to 4"),
     (lambda: LiftingConv2d(1, 1, steerable_basis("rotation", 4, 5, 2, 1.0), padding_mode="mirror"), "'circular'"),
+    (lambda: GroupConv2d(1, 1, steerable_basis("scale", 3, 5, 2, 1.0), extent=2, taps=steerable_taps("scale", 3, 5, 2, 1.0)), "not separable"),
     (lambda: MNISTBackbone(widths=(1, 2)), "three positive"),
     (lambda: MNISTBackbone(widths=(1, 1, 1))(torch.zeros(1, 1, 30, 28)), "divisible by 4"),
     (lambda: Translation(7, 8, 4), "1 to 7"), (lambda: Rotation(4, 5), "1 to 4"), (lambda: Scale(3, 1.41, 2, first=2), "from index 2"),
@@ -91,7 +119,7 @@ def test_distances_and_pairs():
 def test_crop(circular):
     """Against one padded or rolled image at a time."""
     x, corner = torch.randn(6, 2, 5, 7), torch.randint(-4, 5, (6, 2))
-    for image, (top, left), window in zip(x, corner.tolist(), crop(x, corner, (3, 4), circular)):
+    for image, (top, left), window in zip(x, corner.tolist(), crop(x, corner, (3, 4), 4, circular)):
         if circular:
             expected = image.roll((-top, -left), (1, 2))[:, :3, :4]
         else:
