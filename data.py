@@ -34,7 +34,7 @@ class Dataset:
 
     def batch(self, images, index):
         """Pick images (N, C, H, W) uint8 by index (B,) and normalise them: (B, C, H, W) float32, on their device."""
-        return images[index].float().sub_(255 * self.mean).div_(255 * self.std)
+        return images.index_select(0, index).float().sub_(255 * self.mean).div_(255 * self.std)
 
 
 def load(name, folder, device="cpu", train_images=None):

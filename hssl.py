@@ -252,7 +252,7 @@ def rotate(x, g, orientations, outside="zeros"):
     quarters, rest = 4 * g // orientations % 4, 4 * g % orientations
     positions = torch.arange(side * side, device=x.device).view(side, side)
     turns = torch.stack([positions.rot90(q).flatten() for q in range(4)])                           # (4, H·H)
-    x = read(x, turns[quarters]).unflatten(2, (side, side))
+    x = read(x, turns.index_select(0, quarters)).unflatten(2, (side, side))
     if 4 % orientations:                                                                            # else rest is always 0
         angle = rest.double() * (math.pi / 2 / orientations)
         cos, sin = angle.cos(), angle.sin()
@@ -273,11 +273,9 @@ def warp(x, matrix, outside):
     background is whatever the encoder makes of it, and the border shows that).
     """
     matrix = matrix.to(torch.promote_types(x.dtype, torch.float32))                                 # half is too coarse for positions
-    height, width = x.shape[-2:]
-    row, column = (torch.arange(1 - n, n, 2, device=x.device, dtype=matrix.dtype) / n for n in (height, width))
-    u = torch.stack([column.expand(height, width), row[:, None].expand(height, width)]).flatten(1)   # (2, H·W): x and y, -1 to 1
-    grid = (matrix.flatten(0, 1) @ u).view(-1, 2, height, width).movedim(1, -1)                     # (B, H, W, 2)
-    return F.grid_sample(x.to(grid.dtype), grid, mode="bilinear", padding_mode=outside, align_corners=False).to(x.dtype)
+    row, column = (torch.arange(1 - n, n, 2, device=x.device, dtype=matrix.dtype) / n for n in x.shape[-2:])     # u, from -1 to 1
+    grid = matrix[:, :, :1, None] * column + matrix[:, :, 1:, None] * row[:, None]                  # (B, 2, H, W): matrix @ u
+    return F.grid_sample(x.to(grid.dtype), grid.movedim(1, -1), mode="bilinear", padding_mode=outside, align_corners=False).to(x.dtype)
 
 
 def take_elements(z, source):

@@ -39,22 +39,24 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            with_grad = [w for w in group["params"] if w.grad is not None]
-            weights = [w for w in with_grad if w.ndim > 1]
-            vectors = [w for w in with_grad if w.ndim <= 1]
-            for w in with_grad:
-                if "momentum" not in self.state[w]:
-                    self.state[w]["momentum"] = torch.zeros_like(w)
-            momenta = [self.state[w]["momentum"] for w in weights + vectors]
-            if not momenta:
-                continue
-            torch._foreach_mul_(momenta, group["momentum"])
-            if weights:
-                d = torch._foreach_add([w.grad for w in weights], weights, alpha=group["weight_decay"])
-                w_norm, d_norm = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, d))
-                ratio = torch.where((w_norm > 0) & (d_norm > 0), group["trust_coefficient"] * w_norm / d_norm, 1.0)
-                torch._foreach_addcmul_(momenta[:len(weights)], d, list(ratio.unbind()))
-            if vectors:
-                torch._foreach_add_(momenta[len(weights):], [w.grad for w in vectors])
-            torch._foreach_add_(weights + vectors, momenta, alpha=-group["lr"])
+            params = [w for w in group["params"] if w.grad is not None]
+            # A CPU takes one weight at a time, so that what is in between stays in its cache; a GPU all at once, in few kernels.
+            for some in [[w] for w in params] if not params or params[0].is_cpu else [params]:
+                self._update(some, group["lr"], group["momentum"], group["weight_decay"], group["trust_coefficient"])
         return loss
+
+    def _update(self, params, lr, momentum, weight_decay, trust_coefficient):
+        for w in params:
+            if "momentum" not in self.state[w]:
+                self.state[w]["momentum"] = torch.zeros_like(w)
+        weights, vectors = [w for w in params if w.ndim > 1], [w for w in params if w.ndim <= 1]
+        momenta = [self.state[w]["momentum"] for w in weights + vectors]
+        torch._foreach_mul_(momenta, momentum)
+        if weights:
+            d = torch._foreach_add([w.grad for w in weights], weights, alpha=weight_decay)
+            w_norm, d_norm = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, d))
+            ratio = torch.where((w_norm > 0) & (d_norm > 0), trust_coefficient * w_norm / d_norm, 1.0)
+            torch._foreach_addcmul_(momenta[:len(weights)], d, list(ratio.unbind()))
+        if vectors:
+            torch._foreach_add_(momenta[len(weights):], [w.grad for w in vectors])
+        torch._foreach_add_(weights + vectors, momenta, alpha=-lr)

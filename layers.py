@@ -41,18 +41,17 @@ def hermite_gaussian(t, order, sigma):
     return current * torch.exp(-t**2 / (2 * sigma**2)) / sigma
 
 
-def steerable_taps(group, elements, kernel_size, effective_size, sigma, scale_step=1.41):
-    """Sample the 1-D functions whose products are the basis: (S, O, k) in float64, S = elements for scale, else 1.
+def steerable_taps(elements, kernel_size, effective_size, sigma, scale_step=1.41):
+    """Sample the 1-D functions whose products are the basis of translation and scale: (G, O, k) in float64.
 
-    taps[s, n] outer-multiplied by taps[s, m] is the function of orders (n, m) at scale s, for rotation the unturned one.
-    Arguments and norms: see `steerable_basis`.
+    taps[g, n] (x) · taps[g, m] (y) is the function of orders (n, m) at scale g. Arguments and norms: see `steerable_basis`.
     """
     t = torch.arange(-(kernel_size // 2), kernel_size // 2 + 1, dtype=torch.float64)
-    orders, taps = max(hermite_orders(group, effective_size))[0] + 1, []
-    for i in range(elements if group == "scale" else 1):
+    taps = []
+    for i in range(elements):
         width = sigma * scale_step**i
-        window = int(kernel_size * width / (sigma * scale_step ** (elements - 1))) // 2 * 2 + 1 if group == "scale" else kernel_size
-        taps.append(torch.stack([hermite_gaussian(t, n, width) * (t.abs() <= window // 2) for n in range(orders)]))
+        window = int(kernel_size * width / (sigma * scale_step ** (elements - 1))) // 2 * 2 + 1
+        taps.append(torch.stack([hermite_gaussian(t, n, width) * (t.abs() <= window // 2) for n in range(effective_size)]))
     taps = torch.stack(taps)
     return taps / taps[:1].square().sum(2, keepdim=True).sqrt()
 
@@ -97,7 +96,7 @@ def steerable_basis(group, elements, kernel_size, effective_size, sigma, scale_s
             samples.append(torch.stack([hermite_gaussian(u, n, sigma) * hermite_gaussian(v, m, sigma) for n, m in orders]))
         basis = torch.stack(samples, dim=1)                                                         # (K, G, k, k)
     else:
-        taps = steerable_taps(group, elements, kernel_size, effective_size, sigma, scale_step)
+        taps = steerable_taps(elements, kernel_size, effective_size, sigma, scale_step)
         basis = torch.stack([taps[:, m, :, None] * taps[:, n, None, :] for n, m in orders])
     norm = basis[:, :1].square().sum((2, 3), keepdim=True).sqrt()
     if not (norm > 1e-12).all():                                # nor is any nan
@@ -108,29 +107,29 @@ def steerable_basis(group, elements, kernel_size, effective_size, sigma, scale_s
 
 # ------------------------------------------------------------------------------------------------- convolution layers
 
-def separable_conv2d(x, weight, taps, groups=1, circular=False):
-    """Convolve with filters that are sums of products of 1-D functions: along the rows, across channels, along the columns.
+def separable_conv2d(x, weight, taps, circular=False):
+    """Convolve with filters Σ weight[.., n, m] taps[g, n](x) taps[g, m](y): along the columns, across channels, along the rows.
 
-    That is conv2d with the filters Σ weight[.., (n, m)] taps[n](x) taps[m](y), without making them: K + a few products per
-    weight and position in place of k². It keeps O times its input for the backward pass.
+    Equal but for rounding to conv2d with these filters, for O² and a few products per weight and position in place of k²,
+    and keeping O times its input for the backward pass.
 
     Args:
-        x: (B, S·C, H, W), S = groups.
-        weight: (S·C', C, K), over the orders (n, m) as `hermite_orders` lists them.
-        taps: (S, O, k), or (1, O, k) for all groups.
+        x: (B, C, G, H, W).
+        weight: (C', C, O, O), the same at every element.
+        taps: (G, O, k).
+        circular: what stands beyond the map: its other side, or zeros. It keeps its size.
+
+    Returns:
+        (B, C', G, H, W).
     """
-    x, weight = x.unflatten(1, (groups, -1)), weight.unflatten(0, (groups, -1))                     # (B, S, C, H, W), (S, C', C, K)
-    orders, half = taps.shape[1], taps.shape[2] // 2
-    # K is O² (all pairs) or O (O + 1) / 2 (n + m < O): how many m there are for each n.
-    counts = [orders] * orders if weight.shape[3] == orders**2 else list(range(orders, 0, -1))
+    def bands(size):                                           # correlating a line with a tap, as a matrix: (G, O, size, size)
+        points = torch.eye(size, dtype=taps.dtype, device=x.device)[:, None]
+        points = F.pad(points, [taps.shape[2] // 2] * 2, mode="circular" if circular else "constant")
+        return F.conv1d(points, taps.flatten(0, 1)[:, None]).unflatten(1, taps.shape[:2]).permute(1, 2, 0, 3)
 
-    def bands(size):                                           # correlating a line with a tap, as a matrix: (S, O, size, size)
-        points = F.pad(torch.eye(size, dtype=taps.dtype, device=x.device)[:, None], [half] * 2, mode="circular" if circular else "constant")
-        return F.conv1d(points, taps.flatten(0, 1)[:, None]).unflatten(1, taps.shape[:2]).permute(1, 2, 0, 3).expand(groups, -1, -1, -1)
-
-    down = torch.einsum("bschw,smhv->bsmcvw", x, bands(x.shape[3]))
-    mixed = torch.stack([torch.einsum("bsmchw,socm->bsohw", down[:, :, :w.shape[3]], w) for w in weight.split(counts, 3)], 2)
-    return torch.einsum("bsnohw,snwv->bsohv", mixed, bands(x.shape[4])).flatten(1, 2)               # (B, S·C', H, W)
+    y = torch.einsum("bcghw,gmhv->bgmcvw", x, bands(x.shape[3]))
+    y = torch.einsum("bgmchw,ocnm->bgnohw", y, weight)
+    return torch.einsum("bgnohw,gnwv->bgohv", y, bands(x.shape[4])).transpose(1, 2)
 
 
 class SteerableConv2d(nn.Module):
@@ -142,40 +141,29 @@ class SteerableConv2d(nn.Module):
         extent: E, the number of neighbouring elements that a filter of the group layer spans, 1 to G.
         padding_mode: "zeros" or "circular"; the map keeps its size.
         bias: one number per channel, the same for all elements.
-        taps: (S, O, k), from `steerable_taps`, to convolve by `separable_conv2d`; None for conv2d. Equal but for rounding.
     """
 
-    def __init__(self, in_channels, out_channels, basis, extent=1, padding_mode="zeros", bias=True, taps=None):
+    def __init__(self, in_channels, out_channels, basis, extent=1, padding_mode="zeros", bias=True):
         super().__init__()
         if not 1 <= extent <= basis.shape[1]:
             raise ValueError(f"extent is {extent}, but must be 1 to {basis.shape[1]}, the number of elements")
         if padding_mode not in ("zeros", "circular"):
             raise ValueError(f"padding_mode is {padding_mode!r}, but must be 'zeros' or 'circular'")
-        if taps is not None and len(taps) > 1 and extent > 1:
-            raise ValueError("a filter that spans several scales reads each through taps of another: it is not separable")
         self.extent, self.padding_mode = extent, padding_mode
         self.elements, self.padding = basis.shape[1], basis.shape[2] // 2
+        self.register_buffer("basis", basis.to(torch.get_default_dtype()), persistent=False)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, extent, basis.shape[0]))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight.view(out_channels, -1), a=5**0.5)                      # as SESN does
-        if taps is not None:                                   # (K, G, K): the basis in terms of products of taps, which are
-            flat = basis.flatten(2).permute(1, 2, 0)           # its own functions for scale, the unturned ones for rotation
-            products = flat if len(taps) > 1 else flat[:1].expand_as(flat)
-            basis, taps = torch.linalg.lstsq(products, flat).solution.permute(2, 0, 1), taps.to(torch.get_default_dtype())
-        self.register_buffer("taps", taps, persistent=False)
-        self.register_buffer("basis", basis.to(torch.get_default_dtype()), persistent=False)
 
     def filters(self):
-        """Learned combinations of the basis: (C', C, E, G, k, k), or (C', C, E, G, K) over the products of taps."""
+        """Learned combinations of the basis: (C', C, E, G, k, k)."""
         return torch.tensordot(self.weight, self.basis, dims=1)
 
     def convolve(self, x, kernel, groups=1):
-        """(B, G·C or C, H, W) -> (B, C', G, H, W): all elements at once, kernel (G·C', ..., k, k) or (G·C', ..., K)."""
+        """(B, G·C or C, H, W) -> (B, C', G, H, W): one conv2d for all elements, kernel (G·C', ..., k, k)."""
         bias = None if self.bias is None else self.bias.repeat(self.elements)
-        if self.taps is not None:
-            y = separable_conv2d(x, kernel, self.taps, groups, self.padding_mode == "circular")
-            y = y if bias is None else y + bias[:, None, None]
-        elif self.padding_mode == "circular":
+        if self.padding_mode == "circular":
             y = F.conv2d(F.pad(x, [self.padding] * 4, mode="circular"), kernel, bias, groups=groups)
         else:
             y = F.conv2d(x, kernel, bias, padding=self.padding, groups=groups)
@@ -189,7 +177,8 @@ class LiftingConv2d(SteerableConv2d):
     """
 
     def forward(self, x):
-        return self.convolve(x, self.filters().squeeze(2).movedim(2, 0).flatten(0, 1))              # (G·C', C, k, k)
+        kernel = self.filters().squeeze(2).permute(2, 0, 1, 3, 4).flatten(0, 1)                     # (G·C', C, k, k)
+        return self.convolve(x, kernel)
 
 
 class GroupConv2d(SteerableConv2d):
@@ -198,24 +187,33 @@ class GroupConv2d(SteerableConv2d):
     Output element g reads the input elements g, g + 1, ..., g + E - 1, through filters turned (or widened) by g.
     What lies beyond the last element is the first one again if `cyclic` (rotation), else zero (scale).
     With E = 1 this is one grouped convolution, else one dense convolution; elements out of reach get zero weights.
+    With `taps`, from `steerable_taps` (translation or scale with E = 1), it is a `separable_conv2d`.
     See `SteerableConv2d` for the other arguments.
     """
 
     def __init__(self, in_channels, out_channels, basis, extent=1, cyclic=False, padding_mode="zeros", bias=True, taps=None):
-        super().__init__(in_channels, out_channels, basis, extent, padding_mode, bias, taps)
+        super().__init__(in_channels, out_channels, basis, extent, padding_mode, bias)
+        if taps is not None and (extent > 1 or cyclic):
+            raise ValueError("only filters of translation, and of scale with extent 1, are separable: leave taps out")
+        self.register_buffer("taps", None if taps is None else taps.to(torch.get_default_dtype()), persistent=False)
         g, h = torch.meshgrid(torch.arange(self.elements), torch.arange(self.elements), indexing="ij")
         offset = (h - g) % self.elements if cyclic else h - g                  # input element h, as output element g sees it
         reached = (offset >= 0) & (offset < extent)
-        # Where in the flattened (E + 1, G) filters, the last of them zero, the filter from h to g stands.
-        self.register_buffer("place", (torch.where(reached, offset, extent) * self.elements + g).flatten(), persistent=False)
+        # Which of the E + 1 weights, the last of them zero, stands between g and h.
+        self.register_buffer("place", torch.where(reached, offset, extent).flatten(), persistent=False)
 
     def forward(self, x):
-        x, filters = x.transpose(1, 2).flatten(1, 2), self.filters()                                # (B, G·C, H, W)
+        if self.taps is not None:
+            y = separable_conv2d(x, self.weight.squeeze(2).unflatten(2, (self.taps.shape[1], -1)), self.taps, self.padding_mode == "circular")
+            return y if self.bias is None else y + self.bias[:, None, None, None]
+        x = x.transpose(1, 2).flatten(1, 2)                                                         # (B, G·C, H, W)
         if self.extent == 1:
-            return self.convolve(x, filters.squeeze(2).movedim(2, 0).flatten(0, 1), groups=self.elements)   # (G·C', C, k, k)
-        filters = torch.cat([filters, torch.zeros_like(filters[:, :, :1])], 2).flatten(2, 3)        # (C', C, (E+1)·G, k, k)
-        kernel = filters.index_select(2, self.place).unflatten(2, (self.elements, self.elements))   # (C', C, G, G, k, k)
-        return self.convolve(x, kernel.movedim(2, 0).movedim(3, 2).flatten(2, 3).flatten(0, 1))     # (G·C', G·C, k, k)
+            kernel = self.filters().squeeze(2).permute(2, 0, 1, 3, 4).flatten(0, 1)                 # (G·C', C, k, k)
+            return self.convolve(x, kernel, groups=self.elements)
+        # The weights are put in their places first: they are fewer than the filters' values.
+        weight = F.pad(self.weight, (0, 0, 0, 1)).index_select(2, self.place).unflatten(2, (self.elements, self.elements))
+        kernel = torch.einsum("ocghk,kgij->gohcij", weight, self.basis)                             # (G, C', G, C, k, k)
+        return self.convolve(x, kernel.flatten(2, 3).flatten(0, 1))                                 # (G·C', G·C, k, k)
 
 
 class PerElement(nn.Sequential):
@@ -316,7 +314,8 @@ class ResidualBackbone(nn.Sequential):
         widths: channels of the lifting layer and of the three stages; SESN has 16, 128, 256, 512.
         depth: 6n + 4; SESN has 16.
         extent, padding_mode: as for `MNISTBackbone`.
-        separable_from: convolve by `separable_conv2d` between layers of at least so many channels; 0 for nowhere.
+        separable_from: translation, and scale with extent 1, convolve by `separable_conv2d` where layers have at least so
+            many channels on both sides; 0 for nowhere.
 
     Raises:
         ValueError: for sizes that do not fit, here or, for the image, in the forward pass.
@@ -334,11 +333,12 @@ class ResidualBackbone(nn.Sequential):
         if extent is None:
             extent = elements if group == "rotation" else 1
 
-        taps = steerable_taps(group, elements, kernel_size, effective_size, sigma, scale_step)
+        separable = separable_from > 0 and extent == 1 and group != "rotation"
+        taps = steerable_taps(elements, kernel_size, effective_size, sigma, scale_step) if separable else None
 
         def convolution(channels, out_channels):
-            separable = 0 < separable_from <= min(channels, out_channels) and (extent == 1 or group == "rotation")
-            return GroupConv2d(channels, out_channels, basis, extent, group == "rotation", padding_mode, False, taps if separable else None)
+            wide = min(channels, out_channels) >= separable_from
+            return GroupConv2d(channels, out_channels, basis, extent, group == "rotation", padding_mode, False, taps if wide else None)
 
         layers = [LiftingConv2d(in_channels, widths[0], basis, padding_mode=padding_mode, bias=False)]
         for stage in range(3):

@@ -93,8 +93,8 @@ def parse(argv=None):
     add("--effective-size", type=number(int, 1), default=3, help="Hermite orders along each axis")
     add("--sigma", type=number(float, 0, above=True), default=0.9, help="width of the Hermite-Gaussian functions in pixels; for scale, the smallest")
     add("--scale-step", type=number(float, 1, above=True), default=1.41, help="ratio of neighbouring scales")
-    add("--separable-from", type=number(int, 0), metavar="C", help="residual network: split filters between layers of at least so many channels into 1-D ones, "
-        "equal but for rounding; 0 for none; default: 64 on cpu, 0 on cuda")
+    add("--separable-from", type=number(int, 0), metavar="C", help="residual network, translation and scale: apply filters as 1-D ones between layers of at "
+        "least so many channels, equal but for rounding; 0 for nowhere; default: 64 on cpu, 0 on cuda")
     add("--padding", choices=("zeros", "circular"), default="zeros", help="of the convolutions, and of shifted images")
     # Views, projection head, detached classifier
     add("--base-space", type=number(int, 1), help="size of G0: positions a side of a window (default: 4; tiny-imagenet: 8), or orientations or scales (default: 1)")

@@ -39,7 +39,7 @@ from probe import build                                                         
 
 GROUPS = {"translation": (1, 1), "rotation": (4, 4), "scale": (3, 1)}                                # elements, extent
 ON_CPU = {"mnist": "--batch-size 128", "cifar10": "--batch-size 64 --depth 10 --widths 8 16 32 64",
-          "tiny-imagenet": "--batch-size 32 --depth 10 --widths 4 8 16 32"}
+          "tiny-imagenet": "--batch-size 32 --depth 10 --widths 4 8 16 32"}                           # four times as many for translation
 ON_CUDA = {"mnist": "--batch-size 4096", "cifar10": "--batch-size 128", "tiny-imagenet": "--batch-size 32"}
 
 
@@ -80,6 +80,7 @@ def compare(sides, rounds, device):
 def training_step(dataset, flags, device):
     """A step as train.py takes it, and the same on one batch that is in place: two callables, images per step."""
     args = train.parse(["--dataset", dataset, "--device", device, *flags.split()])
+    args.batch_size *= 4 if args.group == "translation" else 1
     torch.manual_seed(0)
     channels, side = {"mnist": (1, 28), "cifar10": (3, 32), "tiny-imagenet": (3, 64), "glyphs": (1, 28)}[dataset]
     images = torch.randint(256, (args.batch_size, channels, side, side), dtype=torch.uint8, device=device)
@@ -119,7 +120,7 @@ def part_a(args, flags):
 def convolutions(group, c_in, c_out, side, batch, lifting, device):
     """Forward and backward of conv2d with ready filters, our layer, its separable form, and escnn's: {name: callable}."""
     elements, extent = GROUPS[group]
-    basis, taps = (make(group, elements, 7, 3, 0.9) for make in (steerable_basis, steerable_taps))
+    basis, taps = steerable_basis(group, elements, 7, 3, 0.9), steerable_taps(elements, 7, 3, 0.9)
     folded = c_in * (1 if lifting else elements)               # channels that conv2d sees
     x = torch.randn(batch, folded, side, side, device=device, requires_grad=True)
     sides, groups = {}, elements if extent == 1 and not lifting else 1
@@ -138,7 +139,7 @@ def convolutions(group, c_in, c_out, side, batch, lifting, device):
         layer = LiftingConv2d(c_in, c_out, basis).to(device)
         sides["layer"] = run(layer, layer.parameters())
     else:
-        for name, t in (("layer", None), ("separable", taps)):
+        for name, t in ({"layer": None} | ({} if group == "rotation" else {"separable": taps})).items():
             layer = GroupConv2d(c_in, c_out, basis, extent, group == "rotation", taps=t).to(device)
             sides[name] = run(lambda x, layer=layer: layer(x.unflatten(1, (elements, c_in)).transpose(1, 2)), list(layer.parameters()))
     escnn = installed("escnn.nn")

@@ -55,6 +55,24 @@ def test_a_zero_norm_means_ratio_one(w, g, expected):
     torch.testing.assert_close(got, torch.tensor(expected))
 
 
+def test_one_by_one_or_all_at_once():
+    """step takes weights one at a time on a CPU and all together elsewhere: the same numbers."""
+    torch.manual_seed(0)
+    first = [torch.nn.Parameter(torch.randn(s)) for s in ((3, 4), (5,), (2, 3, 4), (2, 2))]
+    second = [torch.nn.Parameter(w.detach().clone()) for w in first]
+    options = dict(lr=0.1, momentum=0.9, weight_decay=1e-2, trust_coefficient=0.1)
+    one, all_at_once = LARS(first, **options), LARS(second, **options)
+    for _ in range(3):
+        for a, b in zip(first, second):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        one.step()
+        with torch.no_grad():
+            all_at_once._update(second, *options.values())
+    for a, b in zip(first, second):
+        torch.testing.assert_close(a, b)
+
+
 def test_never_waits_for_the_device():
     """On the meta device a tensor has no value, so that anything that reads one (item, if, float) fails."""
     parameters = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in ((3, 4), (5,), (2, 3, 4))]

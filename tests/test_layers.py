@@ -43,21 +43,19 @@ def test_lifting_convolution():
 
 
 @pytest.mark.parametrize("padding", ("zeros", "circular"))
-@pytest.mark.parametrize("group, elements, extent", [("rotation", n, e) for n in (4, 8) for e in (1, 2, n)] + [("scale", 3, 1), ("translation", 1, 1)])
-def test_separable_convolution(group, elements, extent, padding):
+@pytest.mark.parametrize("group, elements", (("scale", 3), ("translation", 1)))
+def test_separable_convolution(group, elements, padding):
     """Line by line or with whole filters: the same outputs and gradients, on maps that are not square."""
-    size = dict(group=group, elements=elements, kernel_size=7, effective_size=3, sigma=0.9)
-    options = dict(extent=extent, cyclic=group == "rotation", padding_mode=padding)
-    layer = GroupConv2d(2, 3, steerable_basis(**size), **options)
-    separable = GroupConv2d(2, 3, steerable_basis(**size), **options, taps=steerable_taps(**size))
+    size = dict(elements=elements, kernel_size=7, effective_size=3, sigma=0.9)
+    layer, separable = (GroupConv2d(2, 3, steerable_basis(group, **size), padding_mode=padding, taps=taps) for taps in (None, steerable_taps(**size)))
     nn.init.normal_(layer.bias)
     separable.load_state_dict(layer.state_dict())
     x = torch.randn(2, 2, elements, 8, 6, requires_grad=True)
     y, y_separable = layer(x), separable(x)
     direction = torch.randn_like(y)
-    torch.testing.assert_close(y_separable, y, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(y_separable, y, rtol=1e-12, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad((out * direction).sum(), (x, *f.parameters())) for out, f in ((y_separable, separable), (y, layer)))):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_separable_from():
@@ -92,7 +90,8 @@ def test_backbone_shape_and_layout(group, elements):
     (lambda: steerable_basis("scale", 3, 1, 3, 1.0), "vanishes"),
     (lambda: GroupConv2d(1, 1, steerable_basis("rotation", 4, 5, 2, 1.0), extent=5), "1 to 4"),
     (lambda: LiftingConv2d(1, 1, steerable_basis("rotation", 4, 5, 2, 1.0), padding_mode="mirror"), "'circular'"),
-    (lambda: GroupConv2d(1, 1, steerable_basis("scale", 3, 5, 2, 1.0), extent=2, taps=steerable_taps("scale", 3, 5, 2, 1.0)), "not separable"),
+    (lambda: GroupConv2d(1, 1, steerable_basis("scale", 3, 5, 2, 1.0), extent=2, taps=steerable_taps(3, 5, 2, 1.0)), "leave taps out"),
+    (lambda: GroupConv2d(1, 1, steerable_basis("rotation", 4, 5, 2, 1.0), 1, cyclic=True, taps=steerable_taps(1, 5, 2, 1.0)), "leave taps out"),
     (lambda: MNISTBackbone(widths=(1, 2)), "three positive"),
     (lambda: MNISTBackbone(widths=(1, 1, 1))(torch.zeros(1, 1, 30, 28)), "divisible by 4"),
     (lambda: Translation(7, 8, 4), "1 to 7"), (lambda: Rotation(4, 5), "1 to 4"), (lambda: Scale(3, 1.41, 2, first=2), "from index 2"),
