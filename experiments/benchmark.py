@@ -153,11 +153,11 @@ def convolutions(group, c_in, c_out, side, batch, lifting, device):
 
 def part_b(args):
     print("\n| (b) convolution 7x7 | images | conv2d, s | layer / conv2d | separable / conv2d | escnn / conv2d |\n| --- | --- | --- | --- | --- | --- |")
-    mnist = [("MNIST, lifting", 1, 32, 28, True), ("MNIST, second", 32, 63, 14, False), ("MNIST, third", 63, 95, 7, False)]
-    residual = [("residual, first stage", 128, 128, 32, False), ("second", 256, 256, 16, False), ("third", 512, 512, 8, False)]
+    layers = [("MNIST, lifting", 1, 32, 28, 128), ("MNIST, second", 32, 63, 14, 128), ("MNIST, third", 63, 95, 7, 128),
+              ("residual, first stage", 128, 128, 32, 8), ("residual, second", 256, 256, 16, 16), ("residual, third", 512, 512, 8, 32)]
     for group in GROUPS:
-        for name, c_in, c_out, side, lifting in mnist + residual:
-            batch = (128 if "MNIST" in name else 8) * (1 if args.device == "cpu" else 8)
+        for name, c_in, c_out, side, images in layers:
+            batch, lifting = images * (1 if args.device == "cpu" else 8), c_in == 1
             times = compare(convolutions(group, c_in, c_out, side, batch, lifting, args.device), args.rounds, args.device)
             cells = [f"{times[k][1]:.2f}" if k in times else "" for k in ("layer", "separable", "escnn")]
             print(f"| {group}, {name} {c_in}-{c_out} at {side} | {batch} | {times['conv2d'][0]:.4f} | {' | '.join(cells)} |", flush=True)
