@@ -32,14 +32,13 @@ def nt_xent(h1, h2, temperature=0.1):
         raise ValueError(f"h1 and h2 must both be (N, D), but are {tuple(h1.shape)} and {tuple(h2.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, but must be above 0")
-    n, rank, world = len(h1), 0, 1
+    n, rank = len(h1), 0
     with torch.autocast(h1.device.type, enabled=False):
         h = torch.cat([h1, h2])
         h = F.normalize(h.to(torch.promote_types(h.dtype, torch.float32)), dim=1)                  # (2N, D)
         candidates = h
         if dist.is_available() and dist.is_initialized():
-            rank, world = dist.get_rank(), dist.get_world_size()
-            candidates = AllGather.apply(h)                                                        # (R·2N, D)
+            rank, candidates = dist.get_rank(), AllGather.apply(h)                                                        # (R·2N, D)
         loss, here = 0.0, torch.arange(n, device=h.device)
         for view in range(2):                                   # one after the other: half the memory of both at once
             own, partner = (rank * 2 * n + v * n + here for v in (view, 1 - view))                 # (N,): columns
