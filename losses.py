@@ -38,7 +38,7 @@ def nt_xent(h1, h2, temperature=0.1):
         h = F.normalize(h.to(torch.promote_types(h.dtype, torch.float32)), dim=1)                  # (2N, D)
         candidates = h
         if dist.is_available() and dist.is_initialized():
-            rank, candidates = dist.get_rank(), AllGather.apply(h)                                                        # (R·2N, D)
+            rank, candidates = dist.get_rank(), AllGather.apply(h)                            # (R·2N, D)
         loss, here = 0.0, torch.arange(n, device=h.device)
         for view in range(2):                                   # one after the other: half the memory of both at once
             own, partner = (rank * 2 * n + v * n + here for v in (view, 1 - view))                 # (N,): columns
