@@ -88,7 +88,7 @@ class Translation:
     """Shifts. G0 is a window of side x side positions, in the middle of the map for g = 0; g = (down, right) in positions.
 
     Features are (B, C, 1, H, W); one position is stride pixels. Elements are the shifts that keep the window on the map,
-    or, if circular, all of them. The distance of two is the larger of their two coordinates' distances.
+    or, if circular, all of them; else T and Γ move by these only. The distance of two is the larger of their two coordinates' distances.
 
     Args:
         size: side H = W of the feature map.

@@ -87,7 +87,7 @@ def training_step(dataset, flags, device):
     labels = torch.zeros(args.batch_size, dtype=torch.long, device=device)
     data = Dataset(images, labels, images, labels, 10, 0.0, 0.3)
     encoder, group = build(vars(args), channels, side)
-    objective = train.make_objective(args, encoder, group, Dataset(images.cpu(), labels.cpu(), images, labels, 10, 0.0, 0.3)).to(device)
+    objective = train.make_objective(args, encoder, group, data).to(device)
     optimizer, pairs, elements = LARS(objective.parameters(), 0.1), allowed_pairs(group).to(device), group.elements.to(device)
     scaler = torch.amp.GradScaler(device, enabled=args.amp == "float16")
 
@@ -188,9 +188,15 @@ def peak_kib():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 
+def losses():
+    """The losses to compare: {name: callable}."""
+    lightly = installed("lightly.loss")
+    return {"nt_xent": nt_xent} | ({"lightly's NTXentLoss": lightly.NTXentLoss(temperature=0.1)} if lightly else {})
+
+
 def loss_peak(name, device):
     """Peak memory of one loss, forward and backward, above what was held before: in (2N)² float32 matrices."""
-    loss = nt_xent if name == "nt_xent" else installed("lightly.loss").NTXentLoss(temperature=0.1)
+    loss = losses()[name]
     h1, h2 = (torch.randn(4096, 128, device=device, requires_grad=True) for _ in range(2))
     loss(h1[:64], h2[:64]).backward()
     if device == "cuda":
@@ -205,8 +211,7 @@ def loss_peak(name, device):
 
 def part_d(args):
     h = [torch.randn(4096, 128, device=args.device, requires_grad=True) for _ in range(2)]
-    losses = {"nt_xent": nt_xent} | ({"lightly's NTXentLoss": installed("lightly.loss").NTXentLoss(temperature=0.1)} if installed("lightly.loss") else {})
-    times = compare({n: lambda f=f: torch.autograd.grad(f(*h), h) for n, f in losses.items()}, args.rounds, args.device)
+    times = compare({n: lambda f=f: torch.autograd.grad(f(*h), h) for n, f in losses().items()}, args.rounds, args.device)
     print("\n| (d) loss of 2 x 4096 x 128 | s | / nt_xent | peak memory, (2N)² float32 |\n| --- | --- | --- | --- |")
     for name, (median, ratio) in times.items():                # each in a process of its own: a peak can only rise
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import benchmark; print(benchmark.loss_peak({name!r}, {args.device!r}))"
@@ -248,8 +253,7 @@ def part_e(args):
 
 def part_f(args):
     """train.py itself, with the bare loop's epoch run and timed whenever an epoch of it ends."""
-    flags, epochs = "--group rotation", args.rounds + 1
-    _, bare, batch = training_step("glyphs", flags, args.device)
+    _, bare, batch = training_step("glyphs", "", args.device)
     times = []
 
     class Log(train.Log):
@@ -271,8 +275,8 @@ def part_f(args):
     with tempfile.TemporaryDirectory() as folder:
         usual, train.Log = train.Log, Log
         with contextlib.redirect_stdout(io.StringIO()):
-            train.main(train.parse(["--dataset", "glyphs", "--device", args.device, "--epochs", str(epochs), "--out", f"{folder}/run",
-                                    "--save-every", "2", *flags.split()]))
+            train.main(train.parse(["--dataset", "glyphs", "--device", args.device, "--epochs", str(args.rounds + 1), "--out", f"{folder}/run",
+                                    "--save-every", "2"]))
         train.Log = usual
     whole, loop, ratio = (statistics.median(t) for t in zip(*((a, b, a / b) for a, b in times[1:])))
     print("\n| (f) epoch of glyphs | train.py, images/s | bare loop, images/s | train.py / bare, time |\n| --- | --- | --- | --- |")
