@@ -19,25 +19,28 @@ import torch.nn.functional as F
 
 # -------------------------------------------------------------------------------------------- the objectives
 
-def a_ssl_loss(f, h, I, group, x, g1, g2):
-    """L_A: two transformed copies of each image through the encoder.
+def a_ssl_loss(f, h, I, group, x, *g):
+    """L_A: a transformed copy of each image for each of the views g1, g2 (or more), all of them through the encoder.
 
-    f encodes (B, C, H, W) to (B, C', G, H', W'), h projects a view to (B, D), I is an objective that takes its mean
-    over the batch. The two copies pass f as one batch, so that batch norm sees both. Returns a scalar tensor.
+    f encodes (B, C, H, W) to (B, C', G, H', W'), h projects a view to (B, D), I is an objective that takes as many
+    projections as there are g and its mean over the batch. The copies pass f as one batch, so that batch norm sees all of
+    them. Returns what I returns.
     """
-    z1, z2 = f(torch.cat([group.T(g1, x), group.T(g2, x)])).chunk(2)
+    z = f(torch.cat([group.T(gk, x) for gk in g])).chunk(len(g))
     # L_A = mean over i of I( h(f(T_g1 x_i)), h(f(T_g2 x_i)) )                              Eq. (2)
-    return I(h(group.base(z1)), h(group.base(z2)))
+    return I(*[h(group.base(zk)) for zk in z])
 
 
-def h_ssl_loss(f, h, I, group, x, g1, g2):
-    """L_H: each image through the encoder once, and two views read from its features.
+def h_ssl_loss(f, h, I, group, x, *g):
+    """L_H: each image through the encoder once, and all its views read from its features.
 
-    Arguments as for `a_ssl_loss`. Where f(T_g x) = Γ_g f(x) exactly, the two are equal, and so are their gradients.
+    Arguments as for `a_ssl_loss`. Where f(T_g x) = Γ_g f(x) exactly, the two are equal, and so are their gradients. With a
+    base space of one position, |G0| = 1 on translation, this is the family of local patch-against-patch losses: Deep
+    InfoMax (local), CPC, Greedy InfoMax.
     """
     z = f(x)
     # L_H = mean over i of I( h(Γ_g1 f(x_i)), h(Γ_g2 f(x_i)) )                              Eq. (3)
-    return I(h(group.view(g1, z)), h(group.view(g2, z)))
+    return I(*[h(group.view(gk, z)) for gk in g])
 
 
 def allowed_pairs(group, max_distance=None):
@@ -60,6 +63,25 @@ def allowed_pairs(group, max_distance=None):
     return allowed.nonzero()
 
 
+def allowed_sets(group, views, max_distance=None):
+    """List the sets of `views` elements of which any two are an allowed pair: (P, views) indices, each set once.
+
+    Raises:
+        ValueError: if no set is left.
+    """
+    pairs = allowed_pairs(group, max_distance)
+    fits = torch.zeros(len(group.elements), len(group.elements), dtype=torch.bool)
+    fits[pairs[:, 0], pairs[:, 1]] = True
+    fits, sets = fits.triu(), torch.arange(len(fits))[:, None]
+    for _ in range(views - 1):                                  # add every element beyond the last that fits all before
+        row, new = fits[sets].all(1).nonzero().unbind(1)
+        sets = torch.cat([sets[row], new[:, None]], 1)
+    if not len(sets):
+        raise ValueError(f"{views} views need as many group elements, any two of which make a pair, and of these {len(fits)} no such set "
+                         "can be formed: take fewer views, a smaller base space, more elements or a larger distance")
+    return sets
+
+
 def readout(view, grid=0):
     """Flatten a view (B, C, S, H, W) into what a network head takes: (B, C·S·H·W).
 
@@ -72,10 +94,14 @@ def readout(view, grid=0):
 
 
 class ProjectionHead(torch.nn.Sequential):
-    """h: a view (B, C, S, H, W) -> its readout -> two linear layers -> (B, D). `width` is the readout's."""
+    """h: a view (B, C, S, H, W) -> its readout -> two linear layers -> (B, D). `width` is the readout's.
 
-    def __init__(self, width, hidden, out, grid):
-        super().__init__(torch.nn.Linear(width, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, out))
+    `norm` puts batch norm between the two, as BYOL and SimSiam have it.
+    """
+
+    def __init__(self, width, hidden, out, grid, norm=False):
+        between = [torch.nn.BatchNorm1d(hidden), torch.nn.ReLU()] if norm else [torch.nn.ReLU()]
+        super().__init__(torch.nn.Linear(width, hidden), *between, torch.nn.Linear(hidden, out))
         self.grid = grid
 
     def forward(self, view):
@@ -87,7 +113,7 @@ class ProjectionHead(torch.nn.Sequential):
 class Translation:
     """Shifts. G0 is a window of side x side positions, in the middle of the map for g = 0; g = (down, right) in positions.
 
-    Features are (B, C, 1, H, W); one position is stride pixels. Elements are the shifts that keep the window on the map,
+    Features are (B, C, G, H, W), G = 1 for a plain CNN; one position is stride pixels. Elements are the shifts that keep the window on the map,
     or, if circular, all of them; else T and Γ move by these only. The distance of two is the larger of their two coordinates' distances.
 
     Args:
@@ -115,10 +141,10 @@ class Translation:
         return crop(x, -g * self.stride, x.shape[-2:], self.stride * self.reach, self.circular)
 
     def Γ(self, g, z):
-        return crop(z.squeeze(2), -g, z.shape[-2:], self.reach, self.circular).unsqueeze(2)
+        return on_maps(z, lambda maps: crop(maps, -g, z.shape[-2:], self.reach, self.circular))
 
-    def view(self, g, z):                                                                           # (B, C, 1, side, side)
-        return crop(z.squeeze(2), self.corner - g, (self.side, self.side), circular=self.circular).unsqueeze(2)
+    def view(self, g, z):                                                                           # (B, C, G, side, side)
+        return on_maps(z, lambda maps: crop(maps, self.corner - g, (self.side, self.side), circular=self.circular))
 
     def base(self, z):
         window = slice(self.corner, self.corner + self.side)
@@ -129,6 +155,20 @@ class Translation:
         if self.circular:
             apart = torch.minimum(apart, self.size - apart)
         return apart.amax(-1)
+
+
+class Crops(Translation):
+    """A-SSL's crops, counterpart of the window: T_g cuts from the image the pixels that the window of Γ_g z stands on.
+
+    The encoder sees these alone: the crop size is side · stride pixels, the largest displacement max_distance · stride. The
+    crop's features (B, C, G, side, side) are the base space. Arguments as for `Translation`; there is no Γ for it.
+    """
+
+    def T(self, g, x):
+        return crop(x, (self.corner - g) * self.stride, (self.side * self.stride,) * 2, circular=self.circular)
+
+    def base(self, z):
+        return z
 
 
 # ---------------------------------------------------------------------------------------------------------------- rotation
@@ -218,6 +258,40 @@ class Scale:
         return on_maps(moved, lambda maps: zoom(maps, self.step ** g.double(), outside="border"))
 
 
+# ---------------------------------------------------------------------------------------------------------------- products
+
+class Product:
+    """Translation together with rotation or scale: g = (down, right, r) is first r, then the shift.
+
+    A lifted map holds both, and from f(T_r x) = Γ_r f(x) and f(T_t x) = Γ_t f(x) follows f(T_t T_r x) = Γ_t Γ_r f(x). G0 is a
+    window of positions in the other group's base space. Distance: the larger of the two parts'.
+
+    Args:
+        shifts: a `Translation`.
+        other: a `Rotation` or a `Scale`.
+    """
+
+    def __init__(self, shifts, other):
+        self.shifts, self.other = shifts, other
+        self.elements = torch.cat([shifts.elements.repeat_interleave(len(other.elements), 0),
+                                   other.elements.repeat(len(shifts.elements))[:, None]], 1)        # (M, 3)
+
+    def T(self, g, x):
+        return self.shifts.T(g[:, :2], self.other.T(g[:, 2], x))
+
+    def Γ(self, g, z):
+        return self.shifts.Γ(g[:, :2], self.other.Γ(g[:, 2], z))
+
+    def view(self, g, z):                                                                           # (B, C, S, side, side)
+        return self.shifts.view(g[:, :2], self.other.view(g[:, 2], z))
+
+    def base(self, z):
+        return self.shifts.base(self.other.base(z))
+
+    def distance(self, g1, g2):
+        return torch.maximum(self.shifts.distance(g1[..., :2], g2[..., :2]), self.other.distance(g1[..., 2], g2[..., 2]))
+
+
 # --------------------------------------------------------------------------------- moving many maps, each in its own way
 
 def read(x, index):
@@ -287,6 +361,6 @@ def take_elements(z, source):
 
 
 def on_maps(z, move):
-    """Apply a map-to-map function to every element's channels: (B, C, S, H, W) -> (B, C, S, H, W)."""
-    maps = move(z.transpose(1, 2).flatten(1, 2))                                                    # (B, S·C, H, W)
+    """Apply a map-to-map function to every element's channels: (B, C, S, H, W) -> (B, C, S, H', W')."""
+    maps = move(z.transpose(1, 2).flatten(1, 2))                                                    # (B, S·C, H', W')
     return maps.unflatten(1, (z.shape[2], -1)).transpose(1, 2)

@@ -356,6 +356,50 @@ class ResidualBackbone(nn.Sequential):
         return super().forward(x)
 
 
+# ------------------------------------------------------------------------------------------------ the structure removed
+
+class Untied(nn.Module):
+    """An ordinary network with the activations of a lifted one, but no weight shared along the group (paper.md section 4, 2).
+
+    (B, in_channels, H, W) -> (B, C, G, H', W'): what it calls G elements of C channels are its G·C channels, in no order.
+
+    Args:
+        network: a backbone for translation with G times the channels, its one element the whole of them: (B, G·C, 1, H', W').
+        elements: G.
+    """
+
+    def __init__(self, network, elements):
+        super().__init__()
+        self.network, self.elements, self.stride = network, elements, network.stride
+
+    def forward(self, x):
+        return self.network(x).squeeze(2).unflatten(1, (-1, self.elements))
+
+
+class DenseBackbone(nn.Sequential):
+    """A network without convolutions with the activations of `MNISTBackbone`: its grid of positions has no order either.
+
+    (B, in_channels, side, side) -> (B, widths[2], 1, side/4, side/4): three stages of linear layer -> ReLU -> batch norm, each
+    number with weights and statistics of its own.
+
+    Args:
+        side: H = W of the images, divisible by 4.
+        widths: as for `MNISTBackbone`; the first two stages have them at side/2 and side/4.
+
+    Raises:
+        ValueError: for widths that are not three.
+    """
+
+    stride = 4
+
+    def __init__(self, side, widths=(32, 63, 95), in_channels=1):
+        if len(widths) != 3 or min(widths) < 1:
+            raise ValueError(f"widths are {tuple(widths)}, but must be three positive numbers")
+        units = [in_channels * side**2, widths[0] * (side // 2) ** 2, widths[1] * (side // 4) ** 2, widths[2] * (side // 4) ** 2]
+        stages = [layer for i in range(3) for layer in (nn.Linear(units[i], units[i + 1]), nn.ReLU(), nn.BatchNorm1d(units[i + 1]))]
+        super().__init__(nn.Flatten(), *stages, nn.Unflatten(1, (widths[2], 1, side // 4, side // 4)))
+
+
 def check_sides(x, stride):
     """Raise a ValueError unless images (B, C, H, W) have sides that a backbone can divide by its stride."""
     if x.shape[-2] % stride or x.shape[-1] % stride:

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 import data as datasets
-from hssl import Rotation, Scale, Translation, readout
-from layers import MNISTBackbone, ResidualBackbone
+from hssl import Crops, Product, Rotation, Scale, Translation, readout
+from layers import DenseBackbone, MNISTBackbone, ResidualBackbone, Untied
 
 
 def build(settings, channels, side):
@@ -39,19 +39,28 @@ def build(settings, channels, side):
     s = settings
     residual = functools.partial(ResidualBackbone, depth=s["depth"], separable_from=s["separable_from"])
     network = residual if s["backbone"] == "residual" else MNISTBackbone
-    encoder = network(s["group"], s["elements"], s["widths"], channels, s["kernel_size"], s["effective_size"],
-                      s["sigma"], s["scale_step"], s["extent"], s["padding"])
+    untied = s["structure"] == "none"
+    elements, widths = (1, [s["elements"] * width for width in s["widths"]]) if untied else (s["elements"], s["widths"])
+    encoder = network("translation" if untied else s["group"], elements, widths, channels, s["kernel_size"], s["effective_size"],
+                      s["sigma"], s["scale_step"], None if untied else s["extent"], s["padding"])
     if s["kernel_size"] > side:
         raise ValueError(f"--kernel-size {s['kernel_size']} is larger than the {side}x{side} images")
     if side % encoder.stride:
         raise ValueError(f"images are {side}x{side}, but the encoder needs a side divisible by {encoder.stride}")
+    if untied and s["group"] == "translation":
+        if s["backbone"] == "residual":
+            raise ValueError("--structure none with translation makes every layer dense, too large for --backbone residual: take mnist")
+        encoder = DenseBackbone(side, widths, channels)
+    elif untied:
+        encoder = Untied(encoder, s["elements"])
+
+    window = s["base_space"] if s["group"] == "translation" else s["window"]
+    if window is not None:
+        shifts = (Crops if s["crop"] else Translation)(side // encoder.stride, window, encoder.stride, circular=s["padding"] == "circular")
     if s["group"] == "translation":
-        group = Translation(side // encoder.stride, s["base_space"], encoder.stride, circular=s["padding"] == "circular")
-    elif s["group"] == "rotation":
-        group = Rotation(s["elements"], s["base_space"])
-    else:
-        group = Scale(s["elements"], s["scale_step"], s["base_space"])
-    return encoder, group
+        return encoder, shifts
+    group = Rotation(s["elements"], s["base_space"]) if s["group"] == "rotation" else Scale(s["elements"], s["scale_step"], s["base_space"])
+    return encoder, group if window is None else Product(shifts, group)
 
 
 def represent(z, grid):
@@ -150,7 +159,7 @@ def write_whole(path, content):
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-PARTS = ("encoder", "head", "optimizer", "scheduler", "scaler")     # of a checkpoint: one state_dict each
+PARTS = ("encoder", "head", "others", "optimizer", "scheduler", "scaler")               # of a checkpoint: one state_dict each
 
 
 def load_checkpoint(path):

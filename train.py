@@ -22,12 +22,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import data as datasets
-from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, h_ssl_loss, readout
+from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, allowed_sets, h_ssl_loss, readout
 from lars import LARS
-from losses import nt_xent
+from losses import Predictor, byol, multi_view_nt_xent, simsiam
 from probe import PARTS, Log, Parser, build, probe_as_set, read_run, represent, stop, write_result, write_whole
 
 # What differs between data sets. But for glyphs, epochs to temperature are the paper's apart from the trust coefficient, which
@@ -65,6 +65,7 @@ def parse(argv=None):
     add("--dataset", choices=DEFAULTS, default="glyphs", help="glyphs is drawn on the spot, the others are downloaded")
     add("--method", choices=("h-ssl", "a-ssl", "frozen", "supervised"), default="h-ssl", help="views from features, views from images, no training, or labels")
     add("--group", choices=ELEMENTS, help="what views differ by; default: the data set's")
+    add("--structure", choices=("group", "none"), default="group", help="none: the same activations from untied weights, without equivariance")
     add("--epochs", type=number(int, 1), help="passes over the training images; default: the data set's (mnist: 500)")
     add("--batch-size", type=number(int, 2), help="images per step, over all processes; default: the data set's (mnist: 4096)")
     add("--lr", type=number(float, 0, above=True), default=0.1, help="peak learning rate of LARS")
@@ -96,7 +97,12 @@ def parse(argv=None):
     add("--separable-from", type=number(int, 0), metavar="C", help="residual network, translation and scale: apply filters as 1-D ones between layers of at "
         "least so many channels, equal but for rounding; 0 for nowhere; default: 64 on cpu, 0 on cuda")
     add("--padding", choices=("zeros", "circular"), default="zeros", help="of the convolutions, and of shifted images")
-    # Views, projection head, detached classifier
+    # Objective, views, projection head, detached classifier
+    add("--objective", choices=("nt-xent", "simsiam", "byol"), default="nt-xent", help="what compares the views")
+    add("--target-decay", type=number(float, 0), default=0.99, help="of the averages that are BYOL's target, at the start; 1 at the end")
+    add("--views", type=number(int, 2), default=2, help="views of each image; more than two need nt-xent")
+    add("--window", type=number(int, 1), metavar="S", help="rotation, scale: views are also shifted, and G0 is a window of S x S positions; default: no shifts")
+    add("--crop", action="store_true", default=False, help="a-ssl, translation: the encoder sees only the pixels of the base space, 4 a position")
     add("--base-space", type=number(int, 1), help="size of G0: positions a side of a window (default: 4; tiny-imagenet: 8), or orientations or scales (default: 1)")
     add("--max-distance", type=number(int, 1), help="largest topographic distance of two views; default: no limit")
     add("--grid", type=number(int, 0), help="average each map of a view to so many cells a side before the head; 0 keeps all; default: the data set's (mnist: 0)")
@@ -119,6 +125,14 @@ def parse(argv=None):
         p.error(f"--momentum {args.momentum} must be below 1")
     if args.seed >= 2**63:
         p.error(f"--seed {args.seed} must be below 2**63")
+    if args.views > 2 and args.objective != "nt-xent":
+        p.error(f"--views {args.views} needs --objective nt-xent: {args.objective} compares two")
+    if args.crop and (args.method, args.group) != ("a-ssl", "translation"):
+        p.error("--crop is for --method a-ssl --group translation: h-ssl has the base space in its place")
+    if args.window is not None and args.group == "translation":
+        p.error("--window is for rotation and scale: with translation the window is --base-space")
+    if args.target_decay > 1:
+        p.error(f"--target-decay {args.target_decay} must be at most 1")
     if args.separable_from is None:
         args.separable_from = 64 if args.device == "cpu" else 0
     args.amp = args.amp or ("float16" if args.device == "cuda" else "off")
@@ -127,29 +141,50 @@ def parse(argv=None):
 
 
 class Objective(nn.Module):
-    """Encoder, head and loss as one module, so that DistributedDataParallel sees one forward pass per step."""
+    """Encoder, head and loss as one module, so that DistributedDataParallel sees one forward pass per step.
 
-    def __init__(self, encoder, head, loss):
+    others: what the loss needs beside them: SimSiam's and BYOL's predictor, BYOL's target.
+    """
+
+    def __init__(self, encoder, head, loss, **others):
         super().__init__()
-        self.encoder, self.head, self.loss = encoder, head, loss
+        self.encoder, self.head, self.others, self.loss = encoder, head, nn.ModuleDict(others), loss
 
     def forward(self, x, *target):
-        """x (b, C, H, W) and its target: g1 and g2 for a self-supervised method, labels for a supervised one."""
+        """x (b, C, H, W) and its target: g1, g2, ... for a self-supervised method, labels for a supervised one."""
         return self.loss(self.encoder, self.head, x, *target)
 
 
-def make_objective(args, encoder, group, data):
-    """Put the method's head and loss behind an encoder (on the CPU, before training)."""
+def make_objective(args, encoder, group, data, total=1):
+    """Put the method's head and loss behind an encoder (on the CPU, before training of so many steps in total)."""
     with torch.no_grad():                                      # to learn how wide the features are
         z = encoder.eval()(torch.zeros(1, *data.train_images.shape[1:]))
     encoder.train()
     if args.method in ("supervised", "frozen"):
         classifier = nn.Linear(represent(z, args.probe_grid).shape[1], data.classes)
         return Objective(encoder, classifier, lambda f, h, x, labels: F.cross_entropy(h(represent(f(x), args.probe_grid)), labels))
-    head = ProjectionHead(readout(group.base(z), args.grid).shape[1], *args.head_widths, args.grid)
-    loss = {"h-ssl": h_ssl_loss, "a-ssl": a_ssl_loss}[args.method]
-    return Objective(encoder, head, lambda f, h, x, g1, g2: loss(
-        f, h, lambda h1, h2: nt_xent(h1, h2, args.temperature), group, x, g1, g2))
+    width = readout(group.view(group.elements[:1], z), args.grid).shape[1]
+    head = ProjectionHead(width, *args.head_widths, args.grid, norm=args.objective != "nt-xent")
+    ssl_loss = {"h-ssl": h_ssl_loss, "a-ssl": a_ssl_loss}[args.method]
+    if args.objective == "nt-xent":
+        return Objective(encoder, head, lambda f, h, x, *g: ssl_loss(f, h, lambda *views: multi_view_nt_xent(views, args.temperature), group, x, *g))
+    hidden, dimensions = args.head_widths
+    q = Predictor(dimensions, hidden)
+    if args.objective == "simsiam":
+        return Objective(encoder, head, lambda f, h, x, *g: ssl_loss(f, h, lambda h1, h2: simsiam(q(h1), q(h2), h1, h2), group, x, *g), predictor=q)
+
+    def average(target, online, step):                         # BYOL: its decay rises to 1 along a cosine
+        decay = 1 - (1 - args.target_decay) * schedule(step.item(), 0, total)
+        get_ema_multi_avg_fn(decay)(target, online, step)
+
+    target = AveragedModel(nn.ModuleList([encoder, head]), multi_avg_fn=average).requires_grad_(False)
+
+    def loss(f, h, x, *g):
+        with torch.no_grad():
+            targets = ssl_loss(*target.module, lambda *views: views, group, x, *g)                  # both (b, D)
+        return ssl_loss(f, h, lambda h1, h2: byol(q(h1), q(h2), *targets), group, x, *g)
+
+    return Objective(encoder, head, loss, predictor=q, target=target)
 
 
 def schedule(step, warmup, total):
@@ -178,8 +213,11 @@ def prepare(args, rank, local_rank, world, device):
     cells = side // encoder.stride
     if max(args.grid, args.probe_grid) > cells:
         raise ValueError(f"--grid and --probe-grid must be at most {cells}, the side of the feature map")
-    objective = make_objective(args, encoder, group, data).to(device)
-    pairs = allowed_pairs(group, args.max_distance)                                                 # (P, 2)
+    objective = make_objective(args, encoder, group, data, args.epochs * max(1, len(data.train_images) // args.batch_size)).to(device)
+    if args.views == 2:
+        allowed = allowed_pairs(group, args.max_distance)                                           # (P, 2)
+    else:
+        allowed = allowed_sets(group, args.views, args.max_distance)                                # (P, views)
 
     out, found = Path(args.out), [read_run(vars(args)) if rank == 0 else None]
     if world > 1:
@@ -191,7 +229,7 @@ def prepare(args, rank, local_rank, world, device):
             write_whole(out / "config.json", json.dumps(config, indent=1).encode() + b"\n")
         except OSError as error:
             raise ValueError(f"cannot write into --out {out}: {error}") from None
-    return data, group, objective, pairs, found[0]
+    return data, group, objective, allowed, found[0]
 
 
 def main(args):
@@ -214,7 +252,7 @@ def main(args):
     chief = rank == 0
     torch.manual_seed(args.seed)
     try:
-        data, group, objective, pairs, checkpoint = prepare(args, rank, local_rank, world, device)
+        data, group, objective, allowed, checkpoint = prepare(args, rank, local_rank, world, device)
     except ValueError as error:
         stop(error)
     except OverflowError:
@@ -237,7 +275,7 @@ def main(args):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
         model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None)
     peak = args.lr * (args.batch_size / 256 if args.lr_per_256 else 1)
-    optimizer = LARS(model.parameters(), peak, args.momentum, args.weight_decay, args.trust_coefficient)
+    optimizer = LARS([p for p in model.parameters() if p.requires_grad], peak, args.momentum, args.weight_decay, args.trust_coefficient)
     warmup = round(args.warmup_epochs * steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, warmup, epochs * steps))
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
@@ -245,7 +283,7 @@ def main(args):
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
     # ---- checkpoints
-    parts = dict(zip(PARTS, (encoder, objective.head, optimizer, scheduler, scaler), strict=True))
+    parts = dict(zip(PARTS, (encoder, objective.head, objective.others, optimizer, scheduler, scaler), strict=True))
     step, epoch_loss, overflows, last_saved = 0, 0.0, 0, None
     if checkpoint:
         try:
@@ -277,15 +315,15 @@ def main(args):
 
     # ---- training
     log = Log(out, step, chief)
-    elements, pairs, share = group.elements.to(device), pairs.to(device), args.batch_size // world
+    elements, allowed, share = group.elements.to(device), allowed.to(device), args.batch_size // world
     recent = []                                                # losses not looked at yet, on the device
     with Signals() as signals:
         for epoch in range(step // steps, epochs):
-            order, choice = (t.to(device) for t in datasets.epoch_plan(images, len(pairs), args.seed, epoch))
+            order, choice = (t.to(device) for t in datasets.epoch_plan(images, len(allowed), args.seed, epoch))
             for i in range(step % steps, steps):
                 index = order[i * args.batch_size + rank * share:][:share]                          # (b,)
                 x = data.batch(data.train_images, index)                                            # (b, C, H, W)
-                views = elements[pairs[choice[index]]].unbind(1)                                    # g1, g2: an element per image
+                views = elements[allowed[choice[index]]].unbind(1)                                  # g1, g2, ...: an element per image
                 target = [data.train_labels[index]] if args.method == "supervised" else views
                 with torch.autocast(args.device, getattr(torch, args.amp, None), enabled=args.amp != "off"):
                     loss = model(x, *target)
@@ -295,6 +333,8 @@ def main(args):
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
+                if "target" in objective.others:
+                    objective.others["target"].update_parameters(nn.ModuleList([encoder, objective.head]))
                 overflows += scaler.get_scale() < scale        # the scaler left this step out
                 recent.append(loss.detach())
                 step += 1

@@ -52,7 +52,7 @@ def test_float32_inside_autocast(dtype):
 
 
 @pytest.mark.parametrize("shapes, temperature, message", (
-    (((3, 4), (3, 5)), 0.1, "must both be"), (((3,), (3,)), 0.1, "must both be"), (((3, 4), (3, 4)), 0.0, "above 0"),
+    (((3, 4), (3, 5)), 0.1, "must all be"), (((3,), (3,)), 0.1, "must all be"), (((3, 4), (3, 4)), 0.0, "above 0"),
     (((3, 4), (3, 4)), float("nan"), "above 0")))
 def test_bad_input(shapes, temperature, message):
     with pytest.raises(ValueError, match=message):
