@@ -14,9 +14,9 @@ import torch
 from numpy.polynomial import hermite_e
 from torch import nn
 
-from hssl import Rotation, Scale, Translation, a_ssl_loss, allowed_pairs, h_ssl_loss, readout
-from layers import MNISTBackbone, ResidualBackbone, hermite_gaussian, hermite_orders, steerable_basis
-from losses import nt_xent
+from hssl import Product, ProjectionHead, Rotation, Scale, Translation, a_ssl_loss, allowed_pairs, allowed_sets, h_ssl_loss, readout
+from layers import DenseBackbone, MNISTBackbone, ResidualBackbone, Untied, hermite_gaussian, hermite_orders, steerable_basis
+from losses import Predictor, multi_view_nt_xent, nt_xent, simsiam
 
 WIDTHS, SIDE, BATCH = (3, 5, 6), 28, 4
 TOLERANCE = 1e-10
@@ -26,6 +26,7 @@ EXACT = {
     "shifts, circular": (dict(group="translation", padding_mode="circular"), Translation(7, 4, 4, circular=True)),
     **{f"quarter turns, extent {e}, {padding}": (dict(group="rotation", elements=4, extent=e, padding_mode=padding), Rotation(4, side))
        for e, padding, side in ((1, "zeros", 1), (2, "zeros", 1), (3, "zeros", 2), (4, "zeros", 1), (4, "circular", 4))},
+    "quarter turns and shifts": (dict(group="rotation", elements=4, padding_mode="circular"), Product(Translation(7, 4, 4, circular=True), Rotation(4))),
 }
 # The residual network at its full depth, for every group that is exact.
 EXACT |= {f"residual network, {name}": (dict(depth=16, **EXACT[name][0]), EXACT[name][1])
@@ -123,6 +124,40 @@ def test_losses_and_gradients_are_equal_for_every_pair(backbone, group, grid):
         whole = torch.cat([g.flatten() for g in gradients_a]).norm()
         for a, b in zip(gradients_a, gradients_h):
             assert (a - b).norm() < TOLERANCE * whole, (g1.tolist(), g2.tolist(), ((a - b).norm() / whole).item())
+
+
+@pytest.mark.parametrize("objective", ("four views", "simsiam"))
+@exact
+def test_other_objectives_agree_too(backbone, group, objective):
+    """L_A = L_H with equal gradients for four views of each image, and for SimSiam, whose head and predictor have batch norm."""
+    f, x = make(backbone), torch.randn(BATCH, 1, SIDE, SIDE)
+    four = objective == "four views"
+    width = readout(group.base(f(x))).shape[1]
+    h, q = ProjectionHead(width, 16, 8, 0, norm=not four), Predictor(8, 16)
+    sets = allowed_sets(group, 4) if four and len(group.elements) < 10 else torch.randint(len(group.elements), (100, 4 if four else 2))
+    g = group.elements[sets[torch.randint(len(sets), (BATCH,))]].unbind(1)
+    I = (lambda *views: multi_view_nt_xent(views)) if four else (lambda h1, h2: simsiam(q(h1), q(h2), h1, h2))
+    parameters = [*f.parameters(), *h.parameters()]
+    (loss_a, gradients_a), (loss_h, gradients_h) = ((loss.item(), torch.autograd.grad(loss, parameters)) for loss in (
+        fn(f, h, I, group, x, *g) for fn in (a_ssl_loss, h_ssl_loss)))
+    assert abs(loss_a - loss_h) < TOLERANCE * abs(loss_a), (loss_a, loss_h)
+    whole = torch.cat([gradient.flatten() for gradient in gradients_a]).norm()
+    assert whole > 0
+    for a, b in zip(gradients_a, gradients_h):
+        assert (a - b).norm() < TOLERANCE * whole
+
+
+@pytest.mark.parametrize("make_untied, group", (
+    (lambda: DenseBackbone(SIDE, WIDTHS), Translation(7, 4, 4, circular=True)),
+    (lambda: Untied(MNISTBackbone(widths=[4 * w for w in WIDTHS], kernel_size=5), 4), Rotation(4)),
+    (lambda: Untied(MNISTBackbone(widths=[3 * w for w in WIDTHS], kernel_size=5), 3), Scale(3, 1.41))))
+def test_untied_networks_have_the_shape_but_not_the_structure(make_untied, group):
+    """The activations of the lifted network, (B, C, G, 7, 7), but f(T_g x) is far from Γ_g f(x) for every g but the identity."""
+    f, x = randomise(make_untied()), torch.randn(BATCH, 1, SIDE, SIDE)
+    z = f(x)
+    assert z.shape == (BATCH, WIDTHS[2], {Rotation: 4, Scale: 3}.get(type(group), 1), 7, 7)
+    errors = [relative(f(group.T(same(g, BATCH), x)), group.Γ(same(g, BATCH), z)) for g in group.elements if g.any()]
+    assert min(errors) > 0.5, errors
 
 
 class Ordinary(nn.Module):

@@ -33,6 +33,9 @@ FLAGS = {
     "--elements 1": "two group elements", "--extent 5": "1 to 4", "--base-space 5": "1 to 4",
     "--group translation --base-space 8": "1 to 7", "--group scale --base-space 3": "two group elements", "--max-distance 0": "at least 1",
     "--grid 8": "at most 7", "--probe-grid 9": "at most 7", "--train-images 20000": "10000 training images",
+    "--views 1": "at least 2", "--views 5": "fewer views", "--views 3 --objective byol": "needs --objective nt-xent", "--objective vicreg": "invalid choice",
+    "--target-decay 1.5": "at most 1", "--crop": "a-ssl --group translation", "--group translation --window 4": "--base-space",
+    "--window 8": "1 to 7", "--structure none --group translation --backbone residual --widths 2 2 2 2": "take mnist",
 }
 
 

@@ -1,11 +1,15 @@
 """Layers against the same sums written as loops, and the sizes that they refuse."""
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hssl import Rotation, Scale, Translation, allowed_pairs, crop, readout
-from layers import GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement, ResidualBackbone, steerable_basis, steerable_taps
+from hssl import Crops, Product, Rotation, Scale, Translation, allowed_pairs, allowed_sets, crop, h_ssl_loss, readout
+from layers import DenseBackbone, GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement, ResidualBackbone, steerable_basis, steerable_taps
+
+from losses import nt_xent
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -97,6 +101,8 @@ def test_backbone_shape_and_layout(group, elements):
     (lambda: Translation(7, 8, 4), "1 to 7"), (lambda: Rotation(4, 5), "1 to 4"), (lambda: Scale(3, 1.41, 2, first=2), "from index 2"),
     (lambda: Rotation(4).T(torch.tensor([1]), torch.zeros(1, 1, 4, 5)), "square"),
     (lambda: allowed_pairs(Translation(7, 7, 4)), "two group elements"),
+    (lambda: allowed_sets(Rotation(4), 5), "fewer views"),
+    (lambda: DenseBackbone(28, (1, 2)), "three positive"),
 ))
 def test_what_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
@@ -112,6 +118,47 @@ def test_distances_and_pairs():
     assert len(window.elements) == 16 and len(allowed_pairs(window)) == 16 * 15
     assert circular.distance(torch.tensor([0, 0]), torch.tensor([6, 3])) == 3 and len(allowed_pairs(circular, 1)) == 49 * 8
     assert scale.elements.tolist() == [-2, -1, 0, 1] and len(allowed_pairs(scale, 1)) == 6
+
+
+@pytest.mark.parametrize("group, views, most", (
+    (Rotation(4), 4, None), (Rotation(8), 3, 2), (Translation(7, 5, 4), 4, 1), (Scale(4, 1.41), 3, None), (Translation(7, 5, 4), 2, None),
+    (Product(Translation(7, 6, 4), Scale(3, 1.41)), 3, 1)))
+def test_sets_of_views(group, views, most):
+    """Each set once, any two of its elements within the largest distance."""
+    elements = range(len(group.elements))
+    near = {(a, b) for a, b in allowed_pairs(group, most).tolist()}
+    expected = [list(c) for c in itertools.combinations(elements, views) if all(pair in near for pair in itertools.combinations(c, 2))]
+    assert sorted(allowed_sets(group, views, most).tolist()) == expected and expected
+
+
+def test_products_hold_every_pair_of_parts():
+    """Elements are all (shift, turn), each once; a product's distance is the larger of its parts'."""
+    shifts, turns = Translation(7, 5, 4), Rotation(8)
+    product = Product(shifts, turns)
+    assert len({tuple(g) for g in product.elements.tolist()}) == len(product.elements) == 9 * 8
+    assert product.distance(torch.tensor([1, 0, 7]), torch.tensor([-1, 1, 0])) == 2
+    assert product.distance(torch.tensor([1, 0, 2]), torch.tensor([1, 1, 7])) == 3
+
+
+@pytest.mark.parametrize("circular", (False, True))
+def test_crops_are_the_windows_pixels(circular):
+    """Crops.T cuts from the image the square whose positions Translation.view cuts from the features."""
+    crops, shifts = Crops(7, 3, 4, circular), Translation(7, 3, 4, circular)
+    x = torch.randn(len(crops.elements), 2, 28, 28)
+    cells = torch.nn.functional.avg_pool2d(x, 4).unsqueeze(2)                                        # an encoder of stride 4 that sees no further
+    g = crops.elements
+    assert crops.T(g, x).shape[-2:] == (12, 12)
+    torch.testing.assert_close(crops.base(torch.nn.functional.avg_pool2d(crops.T(g, x), 4).unsqueeze(2)), shifts.view(g, cells), rtol=0, atol=0)
+
+
+def test_one_position_is_the_local_patch_family():
+    """|G0| = 1 on translation: L_H is a loss between single fibers of one map, here written from them directly."""
+    group, z = Translation(7, 1, 4), torch.randn(5, 3, 1, 7, 7)
+    assert len(group.elements) == 49
+    g1, g2 = group.elements[torch.randint(49, (2, 5))]
+    found = h_ssl_loss(lambda x: z, torch.nn.Flatten(), nt_xent, group, None, g1, g2)
+    patch1, patch2 = (torch.stack([z[i, :, 0, 3 - g[i, 0], 3 - g[i, 1]] for i in range(5)]) for g in (g1, g2))     # (5, 3): fibers
+    torch.testing.assert_close(found, nt_xent(patch1, patch2), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("circular", (False, True))
@@ -139,7 +186,8 @@ def test_quarter_turns_and_enlargements_of_images():
 
 @pytest.mark.parametrize("group, elements", (
     (Translation(7, 4, 4), 1), (Translation(7, 3, 4, circular=True), 1), (Rotation(4), 4), (Rotation(8, 3), 8), (Scale(3, 1.41), 3),
-    (Scale(4, 1.41, 2), 4), (Scale(3, 1.41, first=0), 3)))
+    (Scale(4, 1.41, 2), 4), (Scale(3, 1.41, first=0), 3), (Translation(7, 4, 4), 3),
+    (Product(Translation(7, 4, 4, circular=True), Rotation(4)), 4), (Product(Translation(7, 5, 4), Scale(3, 1.41, 2)), 3)))
 def test_a_view_is_the_base_of_moved_features(group, elements):
     """view(g, z) = base(Γ(g, z)) for every element, and view = base where g is the identity."""
     g = group.elements
