@@ -12,10 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import train
-from hssl import allowed_pairs
+from hssl import allowed_sets
 from probe import build
 
 SMALL = "--device cpu --train-images 200 --batch-size 64 --epochs 2 --widths 2 3 4 --probe-epochs 1".split()      # 3 steps an epoch
+
+
+GRADIENTS = [f"--method {m} --group {g}" for m in ("h-ssl", "a-ssl") for g in ("translation", "rotation", "scale")] + [
+    "--group rotation --window 5 --views 3", "--group translation --method a-ssl --crop", "--objective simsiam", "--objective byol --method a-ssl"]
 
 
 def record_run(folder, rank, world, method):
@@ -34,21 +38,21 @@ def record_run(folder, rank, world, method):
     torch.save(seen, f"{folder}/{method}-{world}-{rank}.pt")
 
 
-def gradient(method, group, rank=0, world=1):
+def gradient(flags, rank=0, world=1):
     """A step's gradient in float64, batch norm at its running statistics (in training mode it would need SyncBatchNorm,
     which is for CUDA alone), for this process's share of 32 images; under DistributedDataParallel if there are several."""
-    args = train.parse([*SMALL, "--method", method, "--group", group])
+    args = train.parse([*SMALL, *flags.split()])
     torch.manual_seed(0)
     images, labels = torch.randint(256, (32, 1, 28, 28), dtype=torch.uint8), torch.zeros(32, dtype=torch.int64)
     some = data.Dataset(images, labels, images, labels, classes=10, mean=0.0, std=0.3)
     encoder, moves = build(vars(args), 1, 28)
     objective = train.make_objective(args, encoder, moves, some).double().eval()
-    pairs = moves.elements[allowed_pairs(moves, None)]                                              # (P, 2, ...)
+    sets = moves.elements[allowed_sets(moves, args.views)]                                          # (P, views, ...)
     mine = torch.arange(32).chunk(world)[rank]
-    g1, g2 = pairs[torch.randint(len(pairs), (32,))[mine]].unbind(1)
+    g = sets[torch.randint(len(sets), (32,))[mine]].unbind(1)
     model = DistributedDataParallel(objective) if world > 1 else objective
-    model(some.batch(some.train_images, mine).double(), g1, g2).backward()
-    return {name: p.grad for name, p in objective.named_parameters()}
+    model(some.batch(some.train_images, mine).double(), *g).backward()
+    return {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
 
 
 def one_of_several(rank, world, folder, ports):
@@ -58,8 +62,7 @@ def one_of_several(rank, world, folder, ports):
         os.environ["MASTER_PORT"] = str(port)
         record_run(folder, rank, world, method)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{world}", rank=rank, world_size=world)
-    torch.save({(method, group): gradient(method, group, rank, world) for method in ("h-ssl", "a-ssl")
-                for group in ("translation", "rotation", "scale")}, f"{folder}/gradients-{world}-{rank}.pt")
+    torch.save({flags: gradient(flags, rank, world) for flags in GRADIENTS}, f"{folder}/gradients-{world}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -96,15 +99,14 @@ def test_the_last_incomplete_batch_is_left_out(folder):
 
 
 @pytest.mark.parametrize("world", (2, 4))
-@pytest.mark.parametrize("group", ("translation", "rotation", "scale"))
-@pytest.mark.parametrize("method", ("h-ssl", "a-ssl"))
-def test_gradients_are_those_of_one_process(method, group, world, folder):
-    """In every process, encoder and head: 1e-12 of the whole gradient's norm."""
-    expected = gradient(method, group)
+@pytest.mark.parametrize("flags", GRADIENTS)
+def test_gradients_are_those_of_one_process(flags, world, folder):
+    """In every process, encoder, head and predictor: 1e-12 of the whole gradient's norm."""
+    expected = gradient(flags)
     size = torch.cat([g.flatten() for g in expected.values()]).norm()
     assert size > 0
     for rank in range(world):
-        found = torch.load(folder / f"gradients-{world}-{rank}.pt", weights_only=True)[method, group]
+        found = torch.load(folder / f"gradients-{world}-{rank}.pt", weights_only=True)[flags]
         assert found.keys() == expected.keys()
         for name in expected:
             assert (found[name] - expected[name]).norm() < 1e-12 * size, name

@@ -1,11 +1,13 @@
 """train.py and probe.py through their command lines, at the smallest size, on the CPU."""
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import data
 import probe
@@ -45,7 +47,9 @@ def test_train_then_probe(tmp_path):
 
 @pytest.mark.parametrize("flags", ("--method a-ssl --group scale", "--method supervised", "--method frozen",
                                    "--group translation --amp bfloat16", "--elements 8 --extent 2 --padding circular",
-                                   "--backbone residual --widths 2 3 4 5 --depth 10 --grid 4"))
+                                   "--backbone residual --widths 2 3 4 5 --depth 10 --grid 4", "--objective simsiam", "--objective byol --method a-ssl",
+                                   "--views 4", "--group scale --window 4 --views 3", "--group translation --method a-ssl --crop",
+                                   "--group translation --structure none", "--group scale --structure none --method a-ssl"))
 def test_every_method_and_group_runs(flags, tmp_path, capsys):
     args = train.parse([*SMALL, *flags.split(), "--out", str(tmp_path / "run")])
     train.main(args)
@@ -75,6 +79,42 @@ def test_schedule():
     assert factors[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
     assert factors[10] == 1 and factors[20] == pytest.approx(0.5) and factors[30] == pytest.approx(0)
     assert train.schedule(0, 0, 30) == 1
+
+
+def test_byol_s_target_is_the_average_of_the_weights():
+    """After its first step, a copy; then decay · target + (1 - decay) · online, the decay rising from --target-decay to 1 along a cosine."""
+    args = train.parse("--objective byol --widths 2 3 4 --target-decay 0.9".split())
+    encoder, group = probe.build(vars(args), 1, 28)
+    objective = train.make_objective(args, encoder, group, data.load("glyphs", "unused", train_images=8), total=5)
+    online, target = nn.ModuleList([encoder, objective.head]), objective.others["target"]
+    assert not any(p.requires_grad for p in target.parameters())
+    for step in range(5):
+        expected = None if step == 0 else [p.clone() for p in target.parameters()]
+        with torch.no_grad():
+            for p in online.parameters():
+                p.add_(torch.randn_like(p))
+        target.update_parameters(online)
+        decay = 1 - (1 - 0.9) * (math.cos(math.pi * step / 5) + 1) / 2
+        for i, (average, p) in enumerate(zip(target.parameters(), online.parameters(), strict=True)):
+            torch.testing.assert_close(average, decay * expected[i] + (1 - decay) * p.data if step else p.data)
+
+
+def test_byol_resumes_exactly(tmp_path, monkeypatch):
+    """From the first epoch's checkpoint on, predictor and target too: the undisturbed run's end, bit for bit."""
+    flags, write = [*SMALL, "--objective", "byol", "--save-every", "1"], train.write_whole
+
+    def keep_first(path, content):
+        write(path, content)
+        if path.name == "checkpoint.pt" and not (tmp_path / "resumed").exists():
+            (tmp_path / "resumed").mkdir()
+            write(tmp_path / "resumed" / "checkpoint.pt", bytes(content))
+    monkeypatch.setattr(train, "write_whole", keep_first)
+    for name, extra in (("straight", []), ("resumed", ["--resume"])):
+        train.main(train.parse([*flags, "--out", str(tmp_path / name), *extra]))
+    straight, resumed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("straight", "resumed"))
+    assert len(log_of(tmp_path / "resumed")) == 3 and straight["step"] == resumed["step"] == 6 and straight["others"].keys() >= {"target.n_averaged"}
+    for part in ("encoder", "head", "others"):
+        assert all(torch.equal(value, resumed[part][name]) for name, value in straight[part].items())
 
 
 def test_probe_notices_a_moving_encoder():
