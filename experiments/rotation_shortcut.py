@@ -1,6 +1,6 @@
 """What a rotation encoder learnt, beside its top-1: looks into the runs that `trials.py readouts` made.
 
-    python experiments/rotation_shortcut.py --data-dir DATASETS [--runs runs/trials]
+    python experiments/rotation_shortcut.py --data-dir DATASETS [--runs runs/experiments]
 
 writes experiments/results/rotation_shortcut.json and prints, for each run on 5,000 MNIST test images, before / after
 training (mean over seeds):
@@ -52,12 +52,12 @@ def look(objective, group, images, settings):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", default="datasets")
-    parser.add_argument("--runs", default="runs/trials")
+    parser.add_argument("--runs", default="runs/experiments")
     args = parser.parse_args()
     data = datasets.load("mnist", args.data_dir)
     images = data.batch(data.test_images, torch.arange(5000))
     table = defaultdict(list)
-    for run in sorted(Path(args.runs).glob("readouts-*")):
+    for run in sorted(Path(args.runs).glob("readouts-cpu-*")):
         checkpoint = load_checkpoint(run / "checkpoint.pt")
         settings = checkpoint["settings"]
         objectives = []
@@ -74,7 +74,7 @@ def main():
         result = json.loads((run / "probe.json").read_text())
         for values, top1 in zip(objectives, (result["frozen_top1"], result["top1"])):
             values["top1"] = top1
-        table[run.name.removeprefix("readouts-").rsplit("-", 1)[0]].append(objectives)
+        table[run.name.removeprefix("readouts-cpu-").rsplit("-", 1)[0]].append(objectives)
     columns = ("top1", "ink", "ink_in_h", "oriented", "rank")
     results = Path(__file__).resolve().parent / "results"
     results.mkdir(exist_ok=True)

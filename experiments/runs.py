@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
+from report import RESULTS, show
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "experiments" / "results"
 sys.path.insert(0, str(ROOT))
 import data as datasets                                                                              # noqa: E402
 from train import parse                                                                              # noqa: E402
@@ -65,20 +66,6 @@ def run(flags, seed, out, args):
     return result
 
 
-def cell(values):
-    """Mean ± standard deviation over whole trainings."""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def table(runs):
-    """A Markdown table of records: a line for each row's name, its frozen and its trained encoder, and the number of runs."""
-    lines = ["| run | frozen | trained | runs |", "| --- | --- | --- | --- |"]
-    for row in dict.fromkeys(r["row"] for r in runs):
-        of_row = [r for r in runs if r["row"] == row]
-        lines.append(f"| {row} | {cell([r['frozen_top1'] for r in of_row])} | {cell([r['top1'] for r in of_row])} | {len(of_row)} |")
-    return "\n".join(lines)
-
-
 def main(doc, experiments, budgets=("paper", "gpu", "cpu")):
     """Read the command line, train what is not trained, write and print.
 
@@ -114,6 +101,7 @@ def main(doc, experiments, budgets=("paper", "gpu", "cpu")):
 
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(pool.map(one, itertools.product(args.seeds, rows.items())))
+    record = dict(name=args.name, budget=args.budget, runs=runs)
     Path(args.results).mkdir(parents=True, exist_ok=True)
-    (Path(args.results) / f"{args.name}-{args.budget}.json").write_text(json.dumps(dict(name=args.name, budget=args.budget, runs=runs), indent=1) + "\n")
-    print(table(runs))
+    (Path(args.results) / f"{args.name}-{args.budget}.json").write_text(json.dumps(record, indent=1) + "\n")
+    show(record)
