@@ -359,13 +359,10 @@ class ResidualBackbone(nn.Sequential):
 # ------------------------------------------------------------------------------------------------ the structure removed
 
 class Untied(nn.Module):
-    """An ordinary network with the activations of a lifted one, but no weight shared along the group (paper.md section 4, 2).
+    """An ordinary network with a lifted one's activations, but no weight shared along the group (paper.md section 4, experiment 2).
 
-    (B, in_channels, H, W) -> (B, C, G, H', W'): what it calls G elements of C channels are its G·C channels, in no order.
-
-    Args:
-        network: a backbone for translation with G times the channels, its one element the whole of them: (B, G·C, 1, H', W').
-        elements: G.
+    network is a backbone for translation with G = `elements` times the channels: (B, C_in, H, W) -> (B, G·C, 1, H', W').
+    Its channels, which have no order, are then called G elements of C channels: (B, C, G, H', W').
     """
 
     def __init__(self, network, elements):
@@ -377,17 +374,10 @@ class Untied(nn.Module):
 
 
 class DenseBackbone(nn.Sequential):
-    """A network without convolutions with the activations of `MNISTBackbone`: its grid of positions has no order either.
+    """A network with the activations of `MNISTBackbone` for translation, but no weight shared between positions.
 
-    (B, in_channels, side, side) -> (B, widths[2], 1, side/4, side/4): three stages of linear layer -> ReLU -> batch norm, each
-    number with weights and statistics of its own.
-
-    Args:
-        side: H = W of the images, divisible by 4.
-        widths: as for `MNISTBackbone`; the first two stages have them at side/2 and side/4.
-
-    Raises:
-        ValueError: for widths that are not three.
+    (B, in_channels, side, side) -> (B, widths[2], 1, side/4, side/4), side divisible by 4: three stages of linear layer -> ReLU
+    -> batch norm, of as many numbers as the convolution network's stages end with. Raises a ValueError unless there are 3 widths.
     """
 
     stride = 4

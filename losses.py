@@ -2,10 +2,13 @@
 
 All are exact on one process and on many. Letters: N images of this process, V views, D numbers per projection, R processes.
 """
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def nt_xent(h1, h2, temperature=0.1):
@@ -122,3 +125,15 @@ def byol(p1, p2, target1, target2):
     ||a - b||² = 2 - 2 cos(a, b) for unit vectors, the value is 4 + 4 times that of `simsiam`: 0 to 8.
     """
     return 4 + 4 * simsiam(p1, p2, target1, target2)
+
+
+def averaged_target(online, decay, total):
+    """BYOL's target: a copy of a module that follows it, by `target.update_parameters(online)` after each of `total` steps.
+
+    After the first step a copy; then decay · target + (1 - decay) · online, the decay rising to 1 along a cosine (BYOL, section 3).
+    """
+    def average(target, online, step):
+        now = 1 - (1 - decay) * (math.cos(math.pi * step.item() / total) + 1) / 2
+        get_ema_multi_avg_fn(now)(target, online, step)
+
+    return AveragedModel(online, multi_avg_fn=average).requires_grad_(False)

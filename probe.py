@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import pickle
 import sys
@@ -263,6 +264,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         stop(message)
+
+
+def number(kind, low, above=False):
+    """An argparse type: a finite int or float that is at least, or above, low."""
+    def read(text):
+        value = kind(text)
+        if not (math.isfinite(value) and (value > low if above else value >= low)):
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}")
+        return value
+    read.__name__ = kind.__name__                                   # argparse names it when kind(text) fails
+    return read
 
 
 def stop(message, status=2):

@@ -8,7 +8,6 @@ it with all its steps saved (143, 130).
 
 Letters: B global batch, b batch of this process, C channels, H W space.
 """
-import argparse
 import io
 import json
 import math
@@ -22,13 +21,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import update_bn
 
 import data as datasets
 from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, allowed_sets, h_ssl_loss, readout
 from lars import LARS
-from losses import Predictor, byol, multi_view_nt_xent, simsiam
-from probe import PARTS, Log, Parser, build, probe_as_set, read_run, represent, stop, write_result, write_whole
+from losses import Predictor, averaged_target, byol, multi_view_nt_xent, simsiam
+from probe import PARTS, Log, Parser, build, number, probe_as_set, read_run, represent, stop, write_result, write_whole
 
 # What differs between data sets. But for glyphs, epochs to temperature are the paper's apart from the trust coefficient, which
 # it does not state; window is translation's base space, positions a side. The README says why the others are what they are.
@@ -43,17 +42,6 @@ DEFAULTS = {
     "tiny-imagenet": RESIDUAL | dict(window=8),
 }
 ELEMENTS = {"translation": 1, "rotation": 4, "scale": 3}                                            # of the encoder's group axis
-
-
-def number(kind, low, above=False):
-    """An argparse type: a finite int or float that is at least, or above, low."""
-    def read(text):
-        value = kind(text)
-        if not (math.isfinite(value) and (value > low if above else value >= low)):
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}")
-        return value
-    read.__name__ = kind.__name__                              # argparse names it when kind(text) fails
-    return read
 
 
 def parse(argv=None):
@@ -173,11 +161,7 @@ def make_objective(args, encoder, group, data, total=1):
     if args.objective == "simsiam":
         return Objective(encoder, head, lambda f, h, x, *g: ssl_loss(f, h, lambda h1, h2: simsiam(q(h1), q(h2), h1, h2), group, x, *g), predictor=q)
 
-    def average(target, online, step):                         # BYOL: its decay rises to 1 along a cosine
-        decay = 1 - (1 - args.target_decay) * schedule(step.item(), 0, total)
-        get_ema_multi_avg_fn(decay)(target, online, step)
-
-    target = AveragedModel(nn.ModuleList([encoder, head]), multi_avg_fn=average).requires_grad_(False)
+    target = averaged_target(nn.ModuleList([encoder, head]), args.target_decay, total)
 
     def loss(f, h, x, *g):
         with torch.no_grad():
@@ -214,10 +198,7 @@ def prepare(args, rank, local_rank, world, device):
     if max(args.grid, args.probe_grid) > cells:
         raise ValueError(f"--grid and --probe-grid must be at most {cells}, the side of the feature map")
     objective = make_objective(args, encoder, group, data, args.epochs * max(1, len(data.train_images) // args.batch_size)).to(device)
-    if args.views == 2:
-        allowed = allowed_pairs(group, args.max_distance)                                           # (P, 2)
-    else:
-        allowed = allowed_sets(group, args.views, args.max_distance)                                # (P, views)
+    allowed = allowed_pairs(group, args.max_distance) if args.views == 2 else allowed_sets(group, args.views, args.max_distance)     # (P, views)
 
     out, found = Path(args.out), [read_run(vars(args)) if rank == 0 else None]
     if world > 1:

@@ -1,6 +1,6 @@
 """Ratios of times and memory, both sides measured in turn in one process, in alternating order: medians over the rounds.
 
-    python experiments/benchmark.py [--parts abcdefg] [--rounds 7] [--device cpu] [--threads 2]
+    python experiments/benchmark.py [--parts abcdefgh] [--rounds 7] [--device cpu] [--threads 2]
 
 (a) a whole training step, A-SSL over H-SSL, for each data set and group
 (b) the group convolution, forward and backward, over conv2d with ready filters of the expanded shape, and escnn's R2Conv
@@ -9,6 +9,7 @@
 (e) input: the whole batch at once on the device, and torchvision transforms in a DataLoader with 2 workers
 (f) an epoch of train.py over the bare forward-backward-step loop on one batch that is in place
 (g) where a training step's time goes: the five largest items
+(h) a training step with more views, with two groups, and with SimSiam and BYOL, over the usual one
 
 escnn, lightly and timm are compared with if they are installed; the project does not need them. On a CPU the residual network
 is narrowed (its widths are printed), but in (b), (c) and on CUDA it is whole. Images are random: nothing is downloaded.
@@ -31,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train                                                                                         # noqa: E402
 from data import Dataset                                                                             # noqa: E402
-from hssl import Rotation, Translation, allowed_pairs                                                # noqa: E402
+from hssl import Rotation, Translation, allowed_sets                                                 # noqa: E402
 from lars import LARS                                                                                # noqa: E402
 from layers import GroupConv2d, LiftingConv2d, ResidualBackbone, steerable_basis, steerable_taps     # noqa: E402
 from losses import nt_xent                                                                           # noqa: E402
@@ -88,16 +89,17 @@ def training_step(dataset, flags, device):
     data = Dataset(images, labels, images, labels, 10, 0.0, 0.3)
     encoder, group = build(vars(args), channels, side)
     objective = train.make_objective(args, encoder, group, data).to(device)
-    optimizer, pairs, elements = LARS(objective.parameters(), 0.1), allowed_pairs(group).to(device), group.elements.to(device)
+    trained = [p for p in objective.parameters() if p.requires_grad]                                # not BYOL's target
+    optimizer, sets, elements = LARS(trained, 0.1), allowed_sets(group, args.views).to(device), group.elements.to(device)
     scaler = torch.amp.GradScaler(device, enabled=args.amp == "float16")
 
     def batch():
         index = torch.randperm(args.batch_size, device=device)
-        return data.batch(images, index), *elements[pairs[torch.randint(len(pairs), (args.batch_size,), device=device)]].unbind(1)
+        return data.batch(images, index), *elements[sets[torch.randint(len(sets), (args.batch_size,), device=device)]].unbind(1)
 
-    def step(x, g1, g2):
+    def step(x, *g):
         with torch.autocast(device, getattr(torch, args.amp, None), enabled=args.amp != "off"):
-            loss = objective(x, g1, g2)
+            loss = objective(x, *g)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -299,9 +301,20 @@ def part_g(args, flags):
             print(f"| {dataset}, {group} | " + " | ".join(f"{item.key.removeprefix('aten::')} {100 * getattr(item, attribute) / total:.0f} %" for item in items[:5]) + " |", flush=True)
 
 
+def part_h(args, flags):
+    steps = {
+        "H-SSL, 2 views": "", "A-SSL, 2 views": "--method a-ssl", "H-SSL, 4 views": "--views 4", "A-SSL, 4 views": "--method a-ssl --views 4",
+        "H-SSL, 2 views, with shifts": "--window 4", "H-SSL, 4 views, with shifts": "--window 4 --views 4",
+        "H-SSL, 2 views, SimSiam": "--objective simsiam", "H-SSL, 2 views, BYOL": "--objective byol"}
+    times = compare({name: training_step("mnist", f"{flags['mnist']} --group rotation {own}", args.device)[0] for name, own in steps.items()}, args.rounds, args.device)
+    print("\n| (h) training step on MNIST, rotation | own flags | seconds | over H-SSL with 2 views |\n| --- | --- | --- | --- |")
+    for name, (median, ratio) in times.items():
+        print(f"| {name} | `{steps[name]}` | {median:.3f} | {ratio:.2f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", default="abcdefg", help="letters of the parts to run")
+    parser.add_argument("--parts", default="abcdefgh", help="letters of the parts to run")
     parser.add_argument("--rounds", type=int, default=7, help="of which the median is taken")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
@@ -312,7 +325,7 @@ def main():
     print(f"torch {torch.__version__}, {machine}, medians of {args.rounds} rounds; (a), (g): {flags}")
     for letter in args.parts:
         part = globals()[f"part_{letter}"]
-        part(args, flags) if letter in "ag" else part(args)
+        part(args, flags) if letter in "agh" else part(args)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,9 @@ def test_simsiam_and_byol_formulas():
     """-½ mean cos - ½ mean cos, and the summed squared distances of unit vectors; only the predictions get a gradient."""
     torch.manual_seed(0)
     p1, p2, h1, h2 = torch.randn(4, 6, 5, dtype=torch.float64, requires_grad=True).unbind()
-    cosines = [float(a @ b / a.norm() / b.norm()) for p, h in ((p1, h2), (p2, h1)) for a, b in zip(p, h)]
-    squares = [float((a / a.norm() - b / b.norm()).square().sum()) for p, h in ((p1, h2), (p2, h1)) for a, b in zip(p, h)]
+    rows = [(a.detach(), b.detach()) for p, h in ((p1, h2), (p2, h1)) for a, b in zip(p, h)]
+    cosines = [float(a @ b / a.norm() / b.norm()) for a, b in rows]
+    squares = [float((a / a.norm() - b / b.norm()).square().sum()) for a, b in rows]
     assert simsiam(p1, p2, h1, h2).item() == pytest.approx(-sum(cosines) / 12, rel=1e-12)
     assert byol(p1, p2, h1, h2).item() == pytest.approx(sum(squares) / 6, rel=1e-12)
     for loss in (simsiam, byol):
