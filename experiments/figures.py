@@ -128,9 +128,9 @@ def losses(args):
     runs = results("mnist", args.budget)
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.3))
     for axes, group in zip(panels, ("translation", "rotation", "scale")):
-        for method, colour in (("h-ssl", BLUE), ("a-ssl", RED)):
+        for method, colour, style in (("h-ssl", BLUE, "-"), ("a-ssl", RED, "--")):
             for k, r in enumerate(r for r in runs if r["row"] == f"{group} {method}"):
-                axes.plot(*zip(*r["losses"]), color=colour, linewidth=1, alpha=0.8, label=None if k else method.upper())
+                axes.plot(*zip(*r["losses"]), style, color=colour, linewidth=1.2, label=None if k else method.upper())
         axes.set(title=group, xlabel="step")
     panels[0].set_ylabel("NT-Xent, nats")
     panels[0].legend()
