@@ -241,7 +241,7 @@ def epoch_plan(images, choices, seed, epoch):
 
     Args:
         images: N, their number.
-        choices: P, the number of pairs of views to choose from; 1 where there are no views.
+        choices: P, the number of pairs (or larger sets) of views to choose from.
 
     Returns:
         order: (N,) int64, a permutation of the images.
