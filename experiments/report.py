@@ -40,7 +40,7 @@ def plain(runs):
 def by_method(runs):
     """Table 1's form: a line a group, a column a method; rows are called GROUP METHOD."""
     groups = dict.fromkeys(r["row"].split()[0] for r in runs)
-    base, rest = split_flags({r["row"].split()[0]: r["flags"].split(" --method")[0] for r in runs})
+    base, rest = split_flags({r["row"].split()[0]: r["flags"].replace(f" --method {r['row'].split()[1]}", "") for r in runs})
     lines = [f"`{base} --method METHOD`\n", "| group | own flags | frozen | A-SSL | H-SSL | supervised | H-SSL − A-SSL | trainings |", "| --- " * 8 + "|"]
     for group in groups:
         found = {m: [r["top1"] for r in runs if r["row"] == f"{group} {m}"] for m in METHODS}
@@ -56,7 +56,7 @@ def show(record):
     runs = record["runs"]
     about = [" or ".join(sorted({str(r[key]) for r in runs})) for key in ("machine", "torch", "commit")]
     print(f"\n**{record['name']}**, {record['budget']}: {about[0]}, torch {about[1]}, commit {about[2]}")
-    print("\n".join((by_method if record["name"] in ("mnist", "cifar10", "tiny-imagenet") else plain)(runs)))
+    print("\n".join((by_method if record["name"].removesuffix("-untied") in ("mnist", "cifar10", "tiny-imagenet") else plain)(runs)))
 
 
 def main():

@@ -39,7 +39,7 @@ def untied(dataset, budget):
     for group in GROUPS:
         base = flags(dataset, group, budget)
         if base and not (dataset != "mnist" and group == "translation"):
-            found |= {f"{group} {method}, untied": f"{base} --method {method} --structure none" for method in ("a-ssl", "h-ssl")}
+            found |= {f"{group} {method}": f"{base} --method {method} --structure none" for method in ("a-ssl", "h-ssl")}
     return found
 
 

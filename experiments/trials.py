@@ -1,6 +1,6 @@
 """Small trainings on a CPU behind what the README says we learned: one table a name.
 
-    python experiments/trials.py {groups,rates,long,trust,readouts,glyphs} --jobs 2
+    python experiments/trials.py {groups,rates,long,trust,readouts,glyphs,glyphs-untied} --jobs 2
 """
 from runs import main
 
@@ -32,6 +32,8 @@ TABLES = {
     },
     "glyphs": {name: f"--device cpu {flags}" for name, flags in (
         ("h-ssl", ""), ("a-ssl", "--method a-ssl"), ("h-ssl, temperature 0.1", "--temperature 0.1"), ("h-ssl, grid 1", "--grid 1"))},
+    # Experiment 2 where rotation gains much.
+    "glyphs-untied": {m: f"--device cpu --structure none --method {m}" for m in ("h-ssl", "a-ssl")},
 }
 
 if __name__ == "__main__":
