@@ -113,8 +113,9 @@ class ProjectionHead(torch.nn.Sequential):
 class Translation:
     """Shifts. G0 is a window of side x side positions, in the middle of the map for g = 0; g = (down, right) in positions.
 
-    Features are (B, C, G, H, W), G = 1 for a plain CNN; one position is stride pixels. Elements are the shifts that keep the window on the map,
-    or, if circular, all of them; else T and Γ move by these only. The distance of two is the larger of their two coordinates' distances.
+    Features are (B, C, G, H, W), G = 1 for a plain CNN; one position is stride pixels. Elements are the shifts that keep the
+    window on the map, or, if circular, all of them; else T and Γ move by these only. The distance of two is the larger of
+    their two coordinates' distances.
 
     Args:
         size: side H = W of the feature map.

@@ -68,7 +68,7 @@ def multi_view_nt_xent(views, temperature=0.1):
         for view in range(count):                               # one after the other: less memory than all at once
             logits = (h[view * n:][:n] / temperature) @ candidates.T                               # (N, R·V·N)
             logits.scatter_(1, columns[view, :, None], float("-inf"))                              # never against itself
-            right = columns[[v for v in range(count) if v != view]].T                              # (N, V - 1)
+            right = torch.cat([columns[:view], columns[view + 1:]]).T                              # (N, V - 1)
             loss = loss - logits.log_softmax(1).gather(1, right).mean() / count
         return loss
 
