@@ -1,6 +1,6 @@
 """Small trainings on a CPU behind what the README says we learned: one table a name.
 
-    python experiments/trials.py {groups,rates,long,trust,readouts,glyphs,glyphs-untied} --jobs 2
+    python experiments/trials.py {groups,rates,long,trust,readouts,glyphs,glyphs-untied,glyphs-views} --jobs 2
 """
 from runs import main
 
@@ -34,6 +34,9 @@ TABLES = {
         ("h-ssl", ""), ("a-ssl", "--method a-ssl"), ("h-ssl, temperature 0.1", "--temperature 0.1"), ("h-ssl, grid 1", "--grid 1"))},
     # Experiment 2 where rotation gains much.
     "glyphs-untied": {m: f"--device cpu --structure none --method {m}" for m in ("h-ssl", "a-ssl")},
+    # views.py where rotation gains much.
+    "glyphs-views": {"4 views": "--device cpu --views 4", "with shifts": "--device cpu --window 5",
+                     "with shifts, 4 views": "--device cpu --window 5 --views 4"},
 }
 
 if __name__ == "__main__":
