@@ -169,13 +169,13 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     """Step, rate and the last good checkpoint are named, and that checkpoint is not overwritten."""
-    whole, calls = train.nt_xent, []
+    whole, calls = train.multi_view_nt_xent, []
 
-    def spoilt(h1, h2, temperature):
+    def spoilt(views, temperature):
         calls.append(1)
-        return whole(h1, h2, temperature) * (float("nan") if len(calls) == 5 else 1)
+        return whole(views, temperature) * (float("nan") if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(train, "nt_xent", spoilt)
+    monkeypatch.setattr(train, "multi_view_nt_xent", spoilt)
     with pytest.raises(SystemExit) as stop:
         run_in_process(tmp_path / "run", "--log-every", "100")                             # first looked at when epoch 2 ends
     error = capsys.readouterr().err
