@@ -40,9 +40,11 @@ def machine():
 
 
 def commit():
-    """The checked-out commit, with "-dirty" where files were changed; None without git."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    """The checked-out commit, with "-dirty" where more than results was changed; None without git."""
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    head = git("rev-parse", "--short=10", "HEAD").stdout.strip()
+    return head + "-dirty" * git("diff", "--quiet", "HEAD", "--", ".", ":!experiments/results").returncode if head else None
 
 
 def run(flags, seed, out, args):
