@@ -155,11 +155,13 @@ def make_objective(args, encoder, group, data, total=1):
     head = ProjectionHead(width, *args.head_widths, args.grid, norm=args.objective != "nt-xent")
     ssl_loss = {"h-ssl": h_ssl_loss, "a-ssl": a_ssl_loss}[args.method]
     if args.objective == "nt-xent":
-        return Objective(encoder, head, lambda f, h, x, *g: ssl_loss(f, h, lambda *views: multi_view_nt_xent(views, args.temperature), group, x, *g))
+        I = lambda *views: multi_view_nt_xent(views, args.temperature)                              # noqa: E731
+        return Objective(encoder, head, lambda f, h, x, *g: ssl_loss(f, h, I, group, x, *g))
     hidden, dimensions = args.head_widths
     q = Predictor(dimensions, hidden)
     if args.objective == "simsiam":
-        return Objective(encoder, head, lambda f, h, x, *g: ssl_loss(f, h, lambda h1, h2: simsiam(q(h1), q(h2), h1, h2), group, x, *g), predictor=q)
+        I = lambda h1, h2: simsiam(q(h1), q(h2), h1, h2)                                            # noqa: E731
+        return Objective(encoder, head, lambda f, h, x, *g: ssl_loss(f, h, I, group, x, *g), predictor=q)
 
     target = averaged_target(nn.ModuleList([encoder, head]), args.target_decay, total)
 
@@ -169,6 +171,10 @@ def make_objective(args, encoder, group, data, total=1):
         return ssl_loss(f, h, lambda h1, h2: byol(q(h1), q(h2), *targets), group, x, *g)
 
     return Objective(encoder, head, loss, predictor=q, target=target)
+
+
+def steps_per_epoch(args, data):
+    return max(1, len(data.train_images) // args.batch_size)   # a last, incomplete batch is left out
 
 
 def schedule(step, warmup, total):
@@ -197,7 +203,7 @@ def prepare(args, rank, local_rank, world, device):
     cells = side // encoder.stride
     if max(args.grid, args.probe_grid) > cells:
         raise ValueError(f"--grid and --probe-grid must be at most {cells}, the side of the feature map")
-    objective = make_objective(args, encoder, group, data, args.epochs * max(1, len(data.train_images) // args.batch_size)).to(device)
+    objective = make_objective(args, encoder, group, data, args.epochs * steps_per_epoch(args, data)).to(device)
     allowed = allowed_pairs(group, args.max_distance) if args.views == 2 else allowed_sets(group, args.views, args.max_distance)     # (P, views)
 
     out, found = Path(args.out), [read_run(vars(args)) if rank == 0 else None]
@@ -250,7 +256,7 @@ def main(args):
 
     # ---- optimizer, schedule, half precision, processes
     epochs = 0 if args.method == "frozen" else args.epochs
-    steps = max(1, images // args.batch_size)                  # an epoch's; a last, incomplete batch is left out
+    steps = steps_per_epoch(args, data)
     model = objective
     if dist.is_initialized():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
@@ -297,6 +303,7 @@ def main(args):
     # ---- training
     log = Log(out, step, chief)
     elements, allowed, share = group.elements.to(device), allowed.to(device), args.batch_size // world
+    online = nn.ModuleList([encoder, objective.head])          # what BYOL's target follows
     recent = []                                                # losses not looked at yet, on the device
     with Signals() as signals:
         for epoch in range(step // steps, epochs):
@@ -315,7 +322,7 @@ def main(args):
                 scaler.update()
                 scheduler.step()
                 if "target" in objective.others:
-                    objective.others["target"].update_parameters(nn.ModuleList([encoder, objective.head]))
+                    objective.others["target"].update_parameters(online)
                 overflows += scaler.get_scale() < scale        # the scaler left this step out
                 recent.append(loss.detach())
                 step += 1

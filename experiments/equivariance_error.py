@@ -22,6 +22,7 @@ import data as datasets                                                         
 from hssl import Product, Translation, crop, on_maps                                                 # noqa: E402
 from layers import Untied                                                                            # noqa: E402
 from probe import build, load_checkpoint                                                             # noqa: E402
+from report import RESULTS                                                                           # noqa: E402
 
 
 def Γ_at(group, g, z, side):
@@ -76,9 +77,8 @@ def main():
         print(f"\n{Path(run).name}\n\n| layer | before training | after |\n| --- | --- | --- |")
         for name in before:
             print(f"| {name} | {before[name]:.2g} | {after[name]:.2g} |")
-    path = Path(__file__).resolve().parent / "results" / "equivariance_error.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "equivariance_error.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

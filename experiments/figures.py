@@ -19,17 +19,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt                                                                      # noqa: E402
 from matplotlib.patches import ConnectionPatch                                                       # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data as datasets                                                                              # noqa: E402
 from probe import build, load_checkpoint                                                             # noqa: E402
+from report import RESULTS                                                                           # noqa: E402
 
-RESULTS = ROOT / "experiments" / "results"
 BLUE, RED, GREY = "#1f5fa8", "#c2402a", "#777777"
 
 
 def trained(run):
-    """The encoder of a finished run, its group, and its settings."""
+    """The encoder of a finished run on MNIST and its group."""
     checkpoint = load_checkpoint(Path(run) / "checkpoint.pt")
     encoder, group = build(checkpoint["settings"], 1, 28)
     encoder.load_state_dict(checkpoint["encoder"])
