@@ -3,11 +3,11 @@
 A whole data set stays in memory; a batch is indexed, converted and normalised there at once. There are no worker
 processes and no Python per image.
 
-Letters: N images of a split, B batch, C channels, H W space.
+Letters: N images of a split, B batch, C channels, H W space, P pairs (or larger sets) of views to choose from.
 """
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+SHAPES = {"glyphs": (1, 28), "mnist": (1, 28), "cifar10": (3, 32), "tiny-imagenet": (3, 64)}         # C, H = W
+
 
 @dataclass(frozen=True)
 class Dataset:
     """Two splits of labelled images, and how to normalise them.
 
-    Images are (N, C, H, W) uint8, labels (N,) int64. mean and std are on the scale of 0 to 1. Where the mean is 0, the
-    background, black, is 0 after normalisation too, as are zero padding and what enters a transformed image: they meet
-    without an edge.
+    Images are (N, C, H, W) uint8, labels (N,) int64; mean and std are on the scale of 0 to 1. Where the mean is 0,
+    black is 0 after normalisation too, and meets zero padding, and what enters a transformed image, without an edge.
     """
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -38,13 +39,10 @@ class Dataset:
 
 
 def load(name, folder, device="cpu", train_images=None):
-    """Load a data set by name: "glyphs" (drawn on the spot), or "mnist", "cifar10" or "tiny-imagenet" (downloaded into folder
-    when absent).
+    """Load "glyphs" (drawn on the spot), "mnist", "cifar10" or "tiny-imagenet" (downloaded into folder when absent).
 
-    train_images keeps only the first so many training images; the test split stays whole.
-
-    Raises:
-        ValueError: in one line, for an unknown name, files that cannot be had or read, or too few images.
+    train_images keeps only the first so many training images; the test split stays whole. Raises a ValueError, in one
+    line, for an unknown name, files that cannot be downloaded or read, or too few images.
     """
     loaders = {"glyphs": lambda folder: glyphs(), "mnist": mnist, "cifar10": cifar10, "tiny-imagenet": tiny_imagenet}
     if name not in loaders:
@@ -54,74 +52,59 @@ def load(name, folder, device="cpu", train_images=None):
     keep = total if train_images is None else train_images
     if not 1 <= keep <= total:
         raise ValueError(f"{name} has {total} training images, so {keep} of them cannot be taken")
-    return replace(data, train_images=data.train_images[:keep].to(device), train_labels=data.train_labels[:keep].to(device),
-                   test_images=data.test_images.to(device), test_labels=data.test_labels.to(device))
+    train, test = (data.train_images[:keep], data.train_labels[:keep]), (data.test_images, data.test_labels)
+    return Dataset(*(t.to(device) for t in (*train, *test)), data.classes, data.mean, data.std)
+
+
+# ---------------------------------------------------------------------------------------------- MNIST and CIFAR-10
+def mnist(folder):
+    """MNIST: 60,000 training and 10,000 test images, 1x28x28, 10 classes. Errors as for `load`."""
+    files = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    raw = Path(folder, "MNIST", "raw")
+    splits = _torchvision("MNIST", folder, (28, 28), f"{', '.join(files)} (or their .gz) into {raw}")
+    return Dataset(*splits, classes=10, mean=0.0, std=0.3081)
+
+
+def cifar10(folder):
+    """CIFAR-10: 50,000 training and 10,000 test images, 3x32x32, 10 classes. Errors as for `load`."""
+    remedy = (f"cifar-10-python.tar.gz into {folder}, or its data_batch_1 to data_batch_5, test_batch and batches.meta "
+              f"into {Path(folder, 'cifar-10-batches-py')}")
+    splits = _torchvision("CIFAR10", folder, (32, 32, 3), remedy)
+    return Dataset(*splits, classes=10, mean=0.4734, std=0.2516)
+
+
+def _torchvision(name, folder, shape, remedy):
+    """Read torchvision's data set of that name: training images, training labels, test images, test labels."""
+    from torchvision import datasets                                           # here, for it takes seconds
+
+    splits = []
+    for split in ("training", "test"):
+        try:
+            data = getattr(datasets, name)(folder, train=split == "training", download=True)
+            images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+            fits = images.shape == (len(labels), *shape) and images.dtype == torch.uint8
+            if not fits or not 0 <= labels.min() <= labels.max() <= 9:
+                raise ValueError(f"{len(labels)} labels up to {labels.max()} for images {tuple(images.shape)}")
+        except Exception as error:                                             # a file can make it fail in any way
+            raise ValueError(f"cannot download or read {name}'s {split} split ({_in_one_line(error)}): delete what is "
+                             f"damaged, and put {remedy}, unaltered") from None
+        splits += (images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()), labels
+    return splits
 
 
 def _in_one_line(error):
     return " ".join(f"{type(error).__name__} {error}".split())
 
 
-def mnist(folder):
-    """MNIST through torchvision: 60,000 training and 10,000 test images, 1x28x28, 10 classes.
-
-    Raises:
-        ValueError: in one line that names the files, if they cannot be downloaded or read or do not fit each other.
-    """
-    from torchvision import datasets                                  # here, for it takes a second or two, and glyphs need none of it
-
-    raw, splits = Path(folder) / "MNIST" / "raw", []
-    files = {part: [raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"] for part in ("train", "t10k")}
-    for part, (images_file, labels_file) in files.items():
-        try:
-            split = datasets.MNIST(folder, train=part == "train", download=True)
-            images, labels = split.data, split.targets
-            if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-                raise ValueError(f"{len(labels)} labels up to {labels.max()} for images {tuple(images.shape)}")
-        except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:     # torchvision raises them all
-            reason = _in_one_line(error)
-            if not all(path.is_file() for pair in files.values() for path in pair):
-                names = ", ".join(path.name for pair in files.values() for path in pair)
-                raise ValueError(f"cannot download MNIST ({reason}); put these into {raw}, as they are or as .gz: {names}") from None
-            raise ValueError(f"{images_file} or {labels_file.name} is damaged ({reason}): delete both to download them again") from None
-        splits += images[:, None], labels
-    return Dataset(*splits, classes=10, mean=0.0, std=0.3081)
-
-
-def cifar10(folder):
-    """CIFAR-10 through torchvision: 50,000 training and 10,000 test images, 3x32x32, 10 classes.
-
-    Raises:
-        ValueError: in one line that names the files, if they cannot be downloaded or read or do not fit each other.
-    """
-    from torchvision import datasets
-
-    path, splits = Path(folder) / "cifar-10-batches-py", []
-    for train in (True, False):
-        try:
-            split = datasets.CIFAR10(folder, train=train, download=True)
-            images, labels = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)
-            if images.shape != (len(labels), 3, 32, 32) or images.dtype != torch.uint8 or not 0 <= labels.min() <= labels.max() <= 9:
-                raise ValueError(f"{len(labels)} labels up to {labels.max()} for images {tuple(images.shape)}")
-        except Exception as error:                                  # torchvision unpickles these files, so anything can come up
-            reason = _in_one_line(error)
-            raise ValueError(f"cannot download or read CIFAR-10 ({reason}): put cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz into "
-                             f"{folder}, or its data_batch_1 to data_batch_5, test_batch and batches.meta into {path}, unaltered") from None
-        splits += images, labels
-    return Dataset(*splits, classes=10, mean=0.4734, std=0.2516)
-
-
-TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")           # address, MD5
+# -------------------------------------------------------------------------------------------------- Tiny ImageNet
+TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")       # and MD5
 
 
 def tiny_imagenet(folder):
-    """Tiny ImageNet: 100,000 training and 10,000 labelled validation images (the test split here), 3x64x64, 200 classes.
+    """Tiny ImageNet: 100,000 training images, 10,000 labelled validation images (our test split), 3x64x64, 200 classes.
 
     The JPEG files are decoded once into FOLDER/tiny-imagenet-200-decoded, whose four arrays later runs map into memory:
-    that takes no time, and processes of one machine share the pages.
-
-    Raises:
-        ValueError: in one line that names the file, if something cannot be downloaded, is missing, or is damaged.
+    that takes no time, and processes of one machine share the pages. Errors as for `load`.
     """
     tree, cache = Path(folder) / "tiny-imagenet-200", Path(folder) / "tiny-imagenet-200-decoded"
     try:
@@ -131,7 +114,8 @@ def tiny_imagenet(folder):
             _decode_tiny_imagenet(tree, cache)
         arrays = []
         for split in ("train", "val"):
-            images, labels = (torch.from_numpy(np.load(cache / f"{split}_{what}.npy", mmap_mode="c")) for what in ("images", "labels"))
+            images, labels = (torch.from_numpy(np.load(cache / f"{split}_{what}.npy", mmap_mode="c"))
+                              for what in ("images", "labels"))
             if images.shape != (len(labels), 3, 64, 64) or images.dtype != torch.uint8 or labels.dtype != torch.int64:
                 raise ValueError(f"{split}: images {tuple(images.shape)}, {len(labels)} labels")
             arrays += images, labels
@@ -146,82 +130,84 @@ def _download_tiny_imagenet(folder, tree):
     """Unpack beside the tree and rename, so that an interrupted download never looks like a finished one."""
     from torchvision.datasets.utils import download_and_extract_archive
 
-    address, md5 = TINY_IMAGENET
+    (address, md5), part = TINY_IMAGENET, folder / "tiny-imagenet-200-part"
     try:
-        download_and_extract_archive(address, folder, folder / "tiny-imagenet-200-part", md5=md5)
-        os.replace(folder / "tiny-imagenet-200-part" / tree.name, tree)
-        (folder / "tiny-imagenet-200-part").rmdir()
-    except Exception as error:                                      # no network, no room, a wrong checksum, a broken archive
-        raise ValueError(f"cannot download Tiny ImageNet ({_in_one_line(error)}): put "
-                         f"tiny-imagenet-200.zip from {address} into {folder}, or its unpacked folder {tree.name}") from None
+        download_and_extract_archive(address, folder, part, md5=md5)
+        os.replace(part / tree.name, tree)
+        part.rmdir()
+    except Exception as error:                                                 # no network, no room, a broken archive
+        raise ValueError(f"cannot download Tiny ImageNet ({_in_one_line(error)}): put tiny-imagenet-200.zip from "
+                         f"{address} into {folder}, or its unpacked folder {tree.name}") from None
 
 
 def _decode_tiny_imagenet(tree, cache):
-    """Decode all images, the first of every class before the second, so that a part of the training split has all classes."""
+    """Decode all images, the first of every class before the second, so that any first part has all classes."""
     try:
         classes = {name: k for k, name in enumerate((tree / "wnids.txt").read_text().split())}
         rows = [line.split("\t") for line in (tree / "val" / "val_annotations.txt").read_text().splitlines()]
-        lists = {"train": [], "val": [(tree / "val" / "images" / row[0], classes[row[1]]) for row in rows]}
+        splits = {"val": [(tree / "val" / "images" / row[0], classes[row[1]]) for row in rows]}
     except (OSError, LookupError) as error:
-        raise ValueError(f"{tree} is not whole ({type(error).__name__} {error}): delete it to download it again") from None
-    of_class = [sorted((tree / "train" / name / "images").glob("*.JPEG"), key=lambda p: (len(p.name), p.name)) for name in classes]
-    fewest = min(map(len, of_class), default=0)
-    if len(classes) != 200 or fewest == 0 or fewest != max(map(len, of_class)):
-        raise ValueError(f"{tree} is not whole: {len(classes)} classes of {fewest} to {max(map(len, of_class), default=0)} training images, "
-                         "but 200 of equally many are expected; delete it to download it again")
-    lists["train"] = [(path, k) for same_place in zip(*of_class) for k, path in enumerate(same_place)]
+        raise ValueError(f"{tree} is incomplete ({_in_one_line(error)}): delete it to download it again") from None
+    of_class = [sorted((tree / "train" / name / "images").glob("*.JPEG"), key=lambda p: (len(p.name), p.name))
+                for name in classes]
+    counts = {len(paths) for paths in of_class}
+    if len(classes) != 200 or len(counts) != 1 or 0 in counts:
+        raise ValueError(f"{tree} is incomplete: {len(classes)} classes of {min(counts, default=0)} to "
+                         f"{max(counts, default=0)} training images in place of 200 of equally many; delete it to "
+                         "download it again")
+    splits["train"] = [(path, k) for same_place in zip(*of_class) for k, path in enumerate(same_place)]
 
     part = cache.with_name(cache.name + "-part")
     part.mkdir(exist_ok=True)
-    for split, rows in lists.items():
-        images = np.lib.format.open_memmap(part / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=(len(rows), 3, 64, 64))
-        for i, (path, _) in enumerate(rows):
+    for split, rows in splits.items():
+        shape = len(rows), 3, 64, 64
+        images = np.lib.format.open_memmap(part / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=shape)
+        for i, (path, _) in enumerate(rows, 1):
             try:
-                images[i] = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+                images[i - 1] = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
             except (OSError, ValueError) as error:
-                raise ValueError(f"{path} is missing or damaged ({error}): delete {tree} to download it again") from None
-            if i + 1 == len(rows) or (i + 1) % 1000 == 0 and sys.stdout.isatty():
-                print(f"\rdecoding Tiny ImageNet, {split}: {i + 1} of {len(rows)}", end="\n" if i + 1 == len(rows) else "", flush=True)
+                raise ValueError(f"{path} is missing or damaged ({error}): delete {tree} to download again") from None
+            if i == len(rows) or i % 1000 == 0 and sys.stdout.isatty():
+                end = "\n" if i == len(rows) else ""
+                print(f"\rdecoding Tiny ImageNet, {split}: {i} of {len(rows)}", end=end, flush=True)
         images.flush()
         np.save(part / f"{split}_labels.npy", np.array([label for _, label in rows], dtype=np.int64))
     os.replace(part, cache)
 
 
-# ------------------------------------------------------------------------------------------------------------------ glyphs
-
+# --------------------------------------------------------------------------------------------------------- glyphs
 GLYPHS = "AFGKRTY248"     # no two of them alike when turned (as 6 and 9, M and W, or N and Z are)
 
 
 def glyphs(train=10_000, test=2_000, seed=0):
-    """Draw the built-in data set: characters in any orientation, 1x28x28, 10 classes, without a download.
+    """Draw the built-in data set: characters in any orientation, 1x28x28, 10 classes, the same for the same seed.
 
     Each image shows one of GLYPHS in Pillow's own font, at random turned (0 to 360 degrees), sized (0.65 to 1 times 24
-    pixel type), shifted (up to 2 pixels each way), of one of four stroke weights, with Gaussian noise (σ = 0.1 of full
-    white). The same seed gives the same images.
+    pixel type), shifted (up to 2 pixels each way), of one of four stroke weights, with Gaussian noise (σ = 0.1 of
+    white).
     """
-    count, side, over = train + test, 28, 4                           # drawn at 4 times the size, then averaged down
+    count, side, over = train + test, 28, 4                                    # drawn 4 times as large
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high):
         return torch.rand(count, generator=generator) * (high - low) + low
-
     font = ImageFont.load_default(size=24 * over)
-    strokes = [0, 2, 4, 6]                                            # extra pen width, in pixels of the large drawing
+    strokes = [0, 2, 4, 6]                                                     # extra pen width in the large drawing
     shapes = torch.stack([_draw(character, font, stroke, side * over) for character in GLYPHS for stroke in strokes])
-    shapes = F.avg_pool2d(shapes[:, None], over)                                                  # (10·4, 1, 28, 28)
+    shapes = F.avg_pool2d(shapes[:, None], over)                               # (10·4, 1, 28, 28)
 
     labels = torch.randint(len(GLYPHS), (count,), generator=generator)
     weight = torch.randint(len(strokes), (count,), generator=generator)
     angle, size = uniform(0, 2 * np.pi), uniform(0.65, 1.0)
-    shift = torch.stack([uniform(-2, 2), uniform(-2, 2)], 1) * 2 / side                             # in half image sides
-    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)], 1)
+    shift = torch.stack([uniform(-2, 2), uniform(-2, 2)], 1) * 2 / side        # in half image sides
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     affine = turn / size[:, None, None]
-    affine = torch.cat([affine, affine @ -shift[:, :, None]], 2)                                    # (count, 2, 3)
+    affine = torch.cat([affine, affine @ -shift[:, :, None]], 2)                                     # (count, 2, 3)
     images = F.grid_sample(shapes[labels * len(strokes) + weight],
                            F.affine_grid(affine, (count, 1, side, side), align_corners=False), align_corners=False)
     images = images + 0.1 * torch.randn(images.shape, generator=generator)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Dataset(images[:train], labels[:train], images[train:], labels[train:], classes=len(GLYPHS), mean=0.0, std=0.3)
+    return Dataset(images[:train], labels[:train], images[train:], labels[train:], len(GLYPHS), mean=0.0, std=0.3)
 
 
 def _draw(character, font, stroke, side):
@@ -231,21 +217,13 @@ def _draw(character, font, stroke, side):
     return torch.from_numpy(np.array(picture)).float() / 255
 
 
-# ------------------------------------------------------------------------------------------------------ one epoch's plan
-
+# ----------------------------------------------------------------------------------------------- one epoch's plan
 def epoch_plan(images, choices, seed, epoch):
-    """Draw an epoch's order and each image's view.
+    """Draw an epoch's order, a permutation of the images (N,), and for each image, by its index in the data set, its
+    choice (N,), below P, among the pairs (or larger sets) of views; both int64.
 
-    They depend on (seed, epoch) and the image alone: every process draws the same plan and takes its share of it, so
-    their number changes nothing.
-
-    Args:
-        images: N, their number.
-        choices: P, the number of pairs (or larger sets) of views to choose from.
-
-    Returns:
-        order: (N,) int64, a permutation of the images.
-        choice: (N,) int64 below P, for each image, by its index in the data set, not its place in the order.
+    They depend on (seed, epoch) alone: every process draws the same and takes its share, so their number changes
+    nothing.
     """
     rng = np.random.default_rng([seed, epoch])
     return torch.from_numpy(rng.permutation(images)), torch.from_numpy(rng.integers(choices, size=images))

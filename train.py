@@ -1,18 +1,18 @@
 """Train an encoder by homomorphic self-supervised learning (H-SSL), or by one of the methods it is compared with.
 
-    python train.py                                                     glyphs on a laptop's CPU, minutes
+    python train.py                                                     glyphs on a laptop's CPU, a minute
     torchrun --nproc_per_node=8 train.py --dataset mnist                the paper's configuration
+    python train.py --dataset mnist --help                              every setting, with its default for MNIST
 
-Exit status: 0 finished, 1 the loss diverged, 2 bad input or no room to save, 128 + signal when SIGTERM or SIGINT stopped
-it with all its steps saved (143, 130).
+Exit status: 0 finished, 1 diverged, 2 bad input or no room to save, 128 + signal when SIGTERM or SIGINT stopped it with
+all its steps saved (143, 130).
 
-Letters: B global batch, b batch of this process, C channels, H W space.
+Letters: B global batch, b batch of this process, C channels, H W space, P pairs of group elements.
 """
-import io
+import functools
 import json
 import math
 import os
-import signal
 import warnings
 from pathlib import Path
 
@@ -24,377 +24,311 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
 import data as datasets
-from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, allowed_sets, h_ssl_loss, readout
+import probe
+import run
+from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, drawn_sets, h_ssl_loss, readout
 from lars import LARS
-from losses import Predictor, averaged_target, byol, multi_view_nt_xent, simsiam
-from probe import PARTS, Log, Parser, build, number, probe_as_set, read_run, represent, stop, write_result, write_whole
+from losses import Predictor, averaged_target, byol, multi_view_nt_xent, nt_xent, simsiam
 
-# What differs between data sets. But for glyphs, epochs to temperature are the paper's apart from the trust coefficient, which
-# it does not state; window is translation's base space, positions a side. The README says why the others are what they are.
-RESIDUAL = dict(group="translation", epochs=1300, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001, temperature=0.1,
-                backbone="residual", widths=(16, 128, 256, 512), kernel_size=7, grid=4, probe_grid=1)
-DEFAULTS = {
-    "glyphs": dict(group="rotation", epochs=8, batch_size=256, warmup_epochs=1, trust_coefficient=0.01, temperature=1.0,
-                   backbone="mnist", widths=(4, 8, 16), kernel_size=5, window=4, grid=0, probe_grid=2),
-    "mnist": dict(group="translation", epochs=500, batch_size=4096, warmup_epochs=10, trust_coefficient=0.001, temperature=0.1,
-                  backbone="mnist", widths=(32, 63, 95), kernel_size=7, window=4, grid=0, probe_grid=2),
-    "cifar10": RESIDUAL | dict(window=4),
-    "tiny-imagenet": RESIDUAL | dict(window=8),
+# Defaults that depend on data set and group; --help shows all in force. PAPER and its epochs are the paper's, but for
+# the trust coefficient, which it does not state; the README says why the others are what they are.
+PAPER = dict(group="translation", batch_size=4096, warmup_epochs=10, temperature=0.1, trust_coefficient=0.001)
+MNIST = dict(backbone="mnist", widths=[32, 63, 95], kernel_size=7, base_space=4, grid=0, probe_grid=2)
+RESIDUAL = dict(backbone="residual", widths=[16, 128, 256, 512], kernel_size=7, base_space=4, grid=4, probe_grid=1)
+DATASETS = {
+    "glyphs": MNIST | dict(group="rotation", epochs=8, batch_size=256, warmup_epochs=1, temperature=1.0,
+                           trust_coefficient=0.01, widths=[4, 8, 16], kernel_size=5),
+    "mnist": PAPER | MNIST | dict(epochs=500),
+    "cifar10": PAPER | RESIDUAL | dict(epochs=1300),
+    "tiny-imagenet": PAPER | RESIDUAL | dict(epochs=1300, base_space=8),
 }
-ELEMENTS = {"translation": 1, "rotation": 4, "scale": 3}                                            # of the encoder's group axis
+GROUPS = {"translation": dict(group_size=1), "rotation": dict(group_size=4, base_space=1),
+          "scale": dict(group_size=3, base_space=1)}
 
 
 def parse(argv=None):
-    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    """Read the command line (argv, or the program's own); returns the settings."""
+    p = run.Parser(description=__doc__.split("\n")[0], add_help=False, allow_abbrev=False)
+    p.add_argument("--dataset", choices=DATASETS, default="glyphs", help="glyphs is drawn, others are downloaded")
+    p.add_argument("--group", choices=GROUPS, help="what views differ by (default: %(default)s)")
+    known, _ = p.parse_known_args(argv)
+    defaults = DATASETS[known.dataset]
+    p.set_defaults(group=defaults["group"])
+    defaults = defaults | GROUPS[known.group or defaults["group"]]
+    p.add_argument("--help", action="help", help="show this and the defaults in force for --dataset and --group")
 
     def add(flag, help, default=None, **options):
-        p.add_argument(flag, help=help + ("" if default is None else " (default: %(default)s)"), default=default, **options)
+        default = defaults.get(flag[2:].replace("-", "_"), default)
+        help += "" if default is None else " (default: %(default)s)"
+        p.add_argument(flag, help=help, default=default, **options)
 
-    add("--dataset", choices=DEFAULTS, default="glyphs", help="glyphs is drawn on the spot, the others are downloaded")
-    add("--method", choices=("h-ssl", "a-ssl", "frozen", "supervised"), default="h-ssl", help="views from features, views from images, no training, or labels")
-    add("--group", choices=ELEMENTS, help="what views differ by; default: the data set's")
-    add("--structure", choices=("group", "none"), default="group", help="none: the same activations from untied weights, without equivariance")
-    add("--epochs", type=number(int, 1), help="passes over the training images; default: the data set's (mnist: 500)")
-    add("--batch-size", type=number(int, 2), help="images per step, over all processes; default: the data set's (mnist: 4096)")
-    add("--lr", type=number(float, 0, above=True), default=0.1, help="peak learning rate of LARS")
-    add("--lr-per-256", action="store_true", default=False, help="--lr is meant per 256 images: multiply it by batch-size / 256")
-    add("--warmup-epochs", type=number(float, 0), help="linear warm-up, by step; default: the data set's (mnist: 10)")
-    add("--weight-decay", type=number(float, 0), default=1e-4, help="of all weights with more than one dimension")
-    add("--momentum", type=number(float, 0), default=0.9, help="of LARS")
-    add("--trust-coefficient", type=number(float, 0, above=True), help="of LARS; default: the data set's (mnist: 0.001)")
-    add("--temperature", type=number(float, 0, above=True), help="τ of NT-Xent; default: the data set's (mnist: 0.1)")
-    add("--seed", type=number(int, 0), default=0, help="of weights, order of images and views")
+    count, cells, positive = run.number(int, 1), run.number(int, 0), run.number(float, 0, above=True)
+    add("--method", choices=("h-ssl", "a-ssl", "frozen", "supervised"), default="h-ssl", help="what is trained")
+    add("--structure", choices=("group", "none"), default="group", help="none: same activations, untied weights")
+    add("--epochs", type=count, help="passes over the training images")
+    add("--batch-size", type=run.number(int, 2), help="images per step, over all processes")
+    add("--lr", type=positive, default=0.1, help="peak learning rate of LARS")
+    add("--lr-per-256", action="store_true", default=False, help="multiply --lr by batch-size / 256")
+    add("--warmup-epochs", type=run.number(float, 0), help="linear warm-up, by step")
+    add("--weight-decay", type=run.number(float, 0), default=1e-4, help="of weights with more than one dimension")
+    add("--momentum", type=run.number(float, 0), default=0.9, help="of LARS")
+    add("--trust-coefficient", type=positive, help="of LARS")
+    add("--temperature", type=positive, help="τ of NT-Xent")
+    add("--seed", type=run.number(int, 0), default=0, help="of weights, order of images and views")
     add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
-    add("--train-images", type=number(int, 1), help="use only the first so many training images; default: all")
-    add("--out", help="the run's folder; default: runs/DATASET-METHOD-GROUP-SEED")
-    add("--resume", action="store_true", default=False, help="continue the run in --out from its checkpoint, if it has one")
-    add("--save-every", type=number(int, 1), default=10, help="epochs between checkpoints")
-    add("--log-every", type=number(int, 1), default=10, help="steps between lines of log.jsonl")
-    add("--amp", choices=("float16", "bfloat16", "off"), help="half precision; default: float16 on cuda, off on cpu")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--train-images", type=run.number(int, 2), help="use only the first so many training images (default: all)")
+    add("--out", help="the run's folder (default: runs/DATASET-METHOD-GROUP-SEED)")
+    add("--resume", action="store_true", default=False, help="continue the run in --out, if there is one")
+    add("--save-every", type=count, default=10, help="epochs between checkpoints")
+    add("--log-every", type=count, default=10, help="steps between lines of log.jsonl")
+    add("--amp", choices=("float16", "bfloat16", "off"), help="half precision (default: float16 on cuda, off on cpu)")
+    run.add_device(p)
     # The encoder
-    add("--backbone", choices=("mnist", "residual"), help="SESN's network for MNIST or for STL-10; default: the data set's")
-    add("--depth", type=number(int, 1), default=16, help="layers of the residual network, 6n + 4")
-    add("--widths", type=number(int, 1), nargs="+", metavar="C", help="channels of its 3 (mnist) or 4 (residual) stages; default: the data set's")
-    add("--elements", type=number(int, 1), help="orientations or scales; default: 4 orientations, 3 scales")
-    add("--extent", type=number(int, 1), help="elements that a filter spans along the group; default: all for rotation, 1 for scale")
-    add("--kernel-size", type=number(int, 1), help="side of the filters in pixels; default: the data set's (mnist: 7)")
-    add("--effective-size", type=number(int, 1), default=3, help="Hermite orders along each axis")
-    add("--sigma", type=number(float, 0, above=True), default=0.9, help="width of the Hermite-Gaussian functions in pixels; for scale, the smallest")
-    add("--scale-step", type=number(float, 1, above=True), default=1.41, help="ratio of neighbouring scales")
-    add("--separable-from", type=number(int, 0), metavar="C", help="residual network, translation and scale: apply filters as 1-D ones between layers of at "
-        "least so many channels, equal but for rounding; 0 for nowhere; default: 64 on cpu, 0 on cuda")
+    add("--backbone", choices=("mnist", "residual"), help="SESN's network for MNIST or for STL-10")
+    add("--depth", type=count, default=16, help="layers of the residual network, 6n + 4")
+    add("--widths", type=count, nargs="+", metavar="C", help="channels of its 3 (mnist) or 4 (residual) stages")
+    add("--group-size", type=count, help="orientations or scales of the encoder")
+    add("--extent", type=count, help="how many of them a filter spans (default: all for rotation, 1 for scale)")
+    add("--kernel-size", type=count, help="side of the filters in pixels")
+    add("--effective-size", type=count, default=3, help="Hermite orders along each axis")
+    add("--sigma", type=positive, default=0.9, help="width of the basis functions in pixels; for scale, the smallest")
+    add("--scale-step", type=run.number(float, 1, above=True), default=1.41, help="ratio of neighbouring scales")
     add("--padding", choices=("zeros", "circular"), default="zeros", help="of the convolutions, and of shifted images")
     # Objective, views, projection head, detached classifier
     add("--objective", choices=("nt-xent", "simsiam", "byol"), default="nt-xent", help="what compares the views")
-    add("--target-decay", type=number(float, 0), default=0.99, help="of the averages that are BYOL's target, at the start; 1 at the end")
-    add("--views", type=number(int, 2), default=2, help="views of each image; more than two need nt-xent")
-    add("--window", type=number(int, 1), metavar="S", help="rotation, scale: views are also shifted, and G0 is a window of S x S positions; default: no shifts")
-    add("--crop", action="store_true", default=False, help="a-ssl, translation: the encoder sees only the pixels of the base space, 4 a position")
-    add("--base-space", type=number(int, 1), help="size of G0: positions a side of a window (default: 4; tiny-imagenet: 8), or orientations or scales (default: 1)")
-    add("--max-distance", type=number(int, 1), help="largest topographic distance of two views; default: no limit")
-    add("--grid", type=number(int, 0), help="average each map of a view to so many cells a side before the head; 0 keeps all; default: the data set's (mnist: 0)")
-    add("--head-widths", type=number(int, 1), nargs=2, default=(512, 128), metavar="D", help="hidden and output width of the projection head")
-    add("--probe-grid", type=number(int, 0), help="average each map to so many cells a side for the detached classifier; 0 keeps all; default: the data set's (mnist: 2)")
-    add("--probe-epochs", type=number(int, 1), default=100, help="of the detached classifier (Adam)")
-    add("--probe-lr", type=number(float, 0, above=True), default=0.01, help="of the detached classifier (Adam)")
+    add("--target-decay", type=run.number(float, 0), default=0.99, help="of BYOL's averages at the start; 1 at the end")
+    add("--views", type=run.number(int, 2), default=2, help="views of each image; more than two need nt-xent")
+    add("--crop", action="store_true", default=False, help="a-ssl, translation: views are crops, 4 pixels a position")
+    add("--base-space", type=count, help="size of G0: positions a side, orientations, or scales")
+    add("--max-distance", type=count, help="largest topographic distance of two views (default: no limit)")
+    add("--grid", type=cells, help="average each map of a view to so many cells a side before the head; 0 keeps all")
+    add("--head-widths", type=count, nargs=2, default=[512, 128], metavar="D", help="of the head: hidden, output")
+    add("--probe-grid", type=cells, help="the same as --grid for the detached classifier")
+    add("--probe-epochs", type=count, default=100, help="of the detached classifier (Adam)")
+    add("--probe-lr", type=positive, default=0.01, help="of the detached classifier (Adam)")
     args = p.parse_args(argv)
 
-    args.group = args.group or DEFAULTS[args.dataset]["group"]
-    defaults = DEFAULTS[args.dataset] | dict(elements=ELEMENTS[args.group])
-    window = defaults.pop("window")
-    defaults["base_space"] = window if args.group == "translation" else 1
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda needs a CUDA GPU, and PyTorch sees none: use --device cpu")
-    if args.momentum >= 1:
-        p.error(f"--momentum {args.momentum} must be below 1")
-    if args.seed >= 2**63:
-        p.error(f"--seed {args.seed} must be below 2**63")
-    if args.views > 2 and args.objective != "nt-xent":
-        p.error(f"--views {args.views} needs --objective nt-xent: {args.objective} compares two")
-    if args.crop and (args.method, args.group) != ("a-ssl", "translation"):
-        p.error("--crop is for --method a-ssl --group translation: h-ssl has the base space in its place")
-    if args.window is not None and args.group == "translation":
-        p.error("--window is for rotation and scale: with translation the window is --base-space")
-    if args.target_decay > 1:
-        p.error(f"--target-decay {args.target_decay} must be at most 1")
-    if args.separable_from is None:
-        args.separable_from = 64 if args.device == "cpu" else 0
+    for wrong, message in (
+            (args.momentum >= 1, f"--momentum {args.momentum} must be below 1"),
+            (args.seed >= 2**63, f"--seed {args.seed} must be below 2**63"),
+            (args.target_decay > 1, f"--target-decay {args.target_decay} must be at most 1"),
+            (args.views > 2 and args.objective != "nt-xent", f"--views {args.views} needs --objective nt-xent"),
+            (args.views > 2 and args.max_distance, "--max-distance is for two views: leave out one of these flags"),
+            (args.crop and (args.method, args.group) != ("a-ssl", "translation"),
+             "--crop is for --method a-ssl --group translation: h-ssl has the base space in its place"),
+            (args.crop and args.structure == "none", "--crop needs a convolutional encoder: drop --structure none")):
+        if wrong:
+            p.error(message)
     args.amp = args.amp or ("float16" if args.device == "cuda" else "off")
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.group}-{args.seed}"
     return args
 
 
+# ------------------------------------------------------------------------------------------------------- the objective
 class Objective(nn.Module):
-    """Encoder, head and loss as one module, so that DistributedDataParallel sees one forward pass per step.
-
-    others: what the loss needs beside them: SimSiam's and BYOL's predictor, BYOL's target.
-    """
-
-    def __init__(self, encoder, head, loss, **others):
+    """Encoder, head and loss as one module, so that DistributedDataParallel sees one forward pass per step. others are
+    further modules of the loss: SimSiam's and BYOL's predictor, BYOL's target."""
+    def __init__(self, encoder, head, loss, others=(), after_step=lambda: None):
         super().__init__()
-        self.encoder, self.head, self.others, self.loss = encoder, head, nn.ModuleDict(others), loss
+        self.encoder, self.head, self.others = encoder, head, nn.ModuleDict(dict(others))
+        self.loss, self.after_step = loss, after_step
 
-    def forward(self, x, *target):
-        """x (b, C, H, W) and its target: g1, g2, ... for a self-supervised method, labels for a supervised one."""
-        return self.loss(self.encoder, self.head, x, *target)
+    def forward(self, x, *given):
+        """x (b, C, H, W) and what the loss is given with it: g1 and g2, or labels for the supervised method."""
+        return self.loss(self.encoder, self.head, x, *given)
 
 
 def make_objective(args, encoder, group, data, total=1):
-    """Put the method's head and loss behind an encoder (on the CPU, before training of so many steps in total)."""
-    with torch.no_grad():                                      # to learn how wide the features are
-        z = encoder.eval()(torch.zeros(1, *data.train_images.shape[1:]))
+    """Put the method's head and loss behind an encoder, on the CPU, before a training of so many steps in total."""
+    with torch.no_grad():                                                      # to learn how wide the features are
+        x = torch.zeros(1, *data.train_images.shape[1:])
+        z = encoder.eval()(group.T(group.elements[:1], x) if args.crop else x)
     encoder.train()
     if args.method in ("supervised", "frozen"):
-        classifier = nn.Linear(represent(z, args.probe_grid).shape[1], data.classes)
-        return Objective(encoder, classifier, lambda f, h, x, labels: F.cross_entropy(h(represent(f(x), args.probe_grid)), labels))
-    width = readout(group.view(group.elements[:1], z), args.grid).shape[1]
-    head = ProjectionHead(width, *args.head_widths, args.grid, norm=args.objective != "nt-xent")
+        classifier = nn.Linear(readout(z, args.probe_grid).shape[1], data.classes)
+        return Objective(encoder, classifier,
+                         lambda f, h, x, labels: F.cross_entropy(h(readout(f(x), args.probe_grid)), labels))
+
     ssl_loss = {"h-ssl": h_ssl_loss, "a-ssl": a_ssl_loss}[args.method]
+    (hidden, out), width = args.head_widths, readout(group.base(z), args.grid).shape[1]
+    head = ProjectionHead(width, hidden, out, args.grid, norm=args.objective != "nt-xent")
     if args.objective == "nt-xent":
-        I = lambda *views: multi_view_nt_xent(views, args.temperature)                              # noqa: E731
-        return Objective(encoder, head, lambda f, h, x, *g: ssl_loss(f, h, I, group, x, *g))
-    hidden, dimensions = args.head_widths
-    q = Predictor(dimensions, hidden)
-    if args.objective == "simsiam":
-        I = lambda h1, h2: simsiam(q(h1), q(h2), h1, h2)                                            # noqa: E731
-        return Objective(encoder, head, lambda f, h, x, *g: ssl_loss(f, h, I, group, x, *g), predictor=q)
+        loss, others = nt_xent if args.views == 2 else multi_view_nt_xent, {}
+        I = functools.partial(loss, temperature=args.temperature)
+    else:
+        q = Predictor(out, hidden)
+        I, others = lambda h1, h2: simsiam(q(h1), q(h2), h1, h2), dict(predictor=q)
+    if args.objective != "byol":
+        return Objective(encoder, head, lambda f, h, x, *g: ssl_loss(f, h, I, group, x, *g), others)
 
-    target = averaged_target(nn.ModuleList([encoder, head]), args.target_decay, total)
+    online = nn.ModuleList([encoder, head])
+    others["target"] = target = averaged_target(online, args.target_decay, total)
 
-    def loss(f, h, x, *g):
+    def byol_loss(f, h, x, *g):
         with torch.no_grad():
-            targets = ssl_loss(*target.module, lambda *views: views, group, x, *g)                  # both (b, D)
-        return ssl_loss(f, h, lambda h1, h2: byol(q(h1), q(h2), *targets), group, x, *g)
-
-    return Objective(encoder, head, loss, predictor=q, target=target)
-
-
-def steps_per_epoch(args, data):
-    return max(1, len(data.train_images) // args.batch_size)   # a last, incomplete batch is left out
+            t1, t2 = ssl_loss(*target.module, lambda *views: views, group, x, *g)                    # (b, D) each
+        return ssl_loss(f, h, lambda h1, h2: byol(q(h1), q(h2), t1, t2), group, x, *g)
+    return Objective(encoder, head, byol_loss, others, after_step=lambda: target.update_parameters(online))
 
 
+# ------------------------------------------------------------------------------------------------------------ training
 def schedule(step, warmup, total):
-    """Factor on the learning rate: linear warm-up over the first steps, then a cosine to zero."""
+    """Factor on the learning rate: a linear warm-up over the first steps, then a cosine to zero (the paper's)."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def prepare(args, rank, local_rank, world, device):
-    """Everything that bad input can spoil: data, encoder, group, objective, and the run's folder with what it holds.
+def steps_per_epoch(args, data):
+    return max(1, len(data.train_images) // args.batch_size)                   # a last, incomplete batch is left out
 
-    Raises:
-        ValueError: in one line.
-    """
-    turn = 0 if rank == 0 else 1 if local_rank == 0 else 2     # one process downloads, then one of each other machine, if it must
+
+def join_processes(args):
+    """One process under python, several under torchrun; returns rank, rank on this machine, their number, device."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        run.stop(f"--batch-size {args.batch_size} cannot be shared by {world} processes: take a multiple of {world}")
+    cuda, device = args.device == "cuda", torch.device(args.device)
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            run.stop(f"torchrun needs a GPU per process, and there are {torch.cuda.device_count()}: start fewer "
+                     "processes, or take --device cpu")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        # After a restart torchrun's store still holds the addresses of the processes before (pytorch issue 135712). The
+        # processes of one machine count restarts alike, which tells them apart; for several see experiments/README.md.
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
+        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+                                device_id=device if cuda else None)
+    return rank, local_rank, world, device
+
+
+def prepare(args, rank, local_rank, world, device):
+    """Everything that bad input can stop, by a ValueError: data, encoder, group, objective, pairs of elements, and what
+    is in the run's folder."""
+    turn = 0 if rank == 0 else 1 if local_rank == 0 else 2                     # who may download, here or elsewhere
     for now in range(3):
         if now == turn:
             data = datasets.load(args.dataset, args.data_dir, device, args.train_images)
         if world > 1:
             dist.barrier()
-    channels, side = data.train_images.shape[1], data.train_images.shape[-1]
     if args.batch_size > len(data.train_images) and args.method != "frozen":
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(data.train_images)} training images")
-    encoder, group = build(vars(args), channels, side)
-    cells = side // encoder.stride
-    if max(args.grid, args.probe_grid) > cells:
-        raise ValueError(f"--grid and --probe-grid must be at most {cells}, the side of the feature map")
+    channels, side = data.train_images.shape[1:3]
+    encoder, group = run.build(vars(args), channels, side)
+    if max(args.grid, args.probe_grid) > side // encoder.stride:
+        raise ValueError(f"--grid and --probe-grid must be at most {side // encoder.stride}, the feature map's side")
     objective = make_objective(args, encoder, group, data, args.epochs * steps_per_epoch(args, data)).to(device)
-    allowed = allowed_pairs(group, args.max_distance) if args.views == 2 else allowed_sets(group, args.views, args.max_distance)     # (P, views)
+    pairs = allowed_pairs(group, args.max_distance) if args.views == 2 else drawn_sets(group, args.views)       # (P, 2)
 
-    out, found = Path(args.out), [read_run(vars(args)) if rank == 0 else None]
+    checkpoint = [run.find_checkpoint(vars(args)) if rank == 0 else None]
     if world > 1:
-        dist.broadcast_object_list(found)                      # all go on from what the first process read
+        dist.broadcast_object_list(checkpoint)                                 # all go on from what the chief read
     if rank == 0:
-        config = vars(args) | dict(torch=torch.__version__, processes=world)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_whole(out / "config.json", json.dumps(config, indent=1).encode() + b"\n")
-        except OSError as error:
-            raise ValueError(f"cannot write into --out {out}: {error}") from None
-    return data, group, objective, allowed, found[0]
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        config = json.dumps(vars(args) | dict(torch=torch.__version__, processes=world))
+        run.write_whole(Path(args.out) / "config.json", config.encode() + b"\n")
+    return data, group, objective, pairs, checkpoint[0]
 
 
 def main(args):
-    # ---- processes: one under python, several under torchrun
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    cuda = args.device == "cuda"
-    if args.batch_size % world:
-        stop(f"--batch-size {args.batch_size} cannot be shared by {world} processes: take a multiple of {world}")
-    if cuda and local_rank >= torch.cuda.device_count():
-        stop(f"{torch.cuda.device_count()} GPUs are too few for torchrun's --nproc_per_node: one process each, or --device cpu")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        # After a restart torchrun's store still holds the addresses of the processes before (github.com/pytorch/pytorch/issues/135712).
-        # One machine's processes count restarts alike and keep apart by them; several machines' do not: see the README.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
-        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, device_id=device if cuda else None)
-    chief = rank == 0
+    rank, local_rank, world, device = join_processes(args)
+    chief, cuda = rank == 0, device.type == "cuda"
     torch.manual_seed(args.seed)
     try:
-        data, group, objective, allowed, checkpoint = prepare(args, rank, local_rank, world, device)
+        data, group, objective, pairs, checkpoint = prepare(args, rank, local_rank, world, device)
     except ValueError as error:
-        stop(error)
+        run.stop(error)
     except OverflowError:
-        stop("--sigma, --scale-step and --elements give filters of a size beyond floating point: take smaller ones")
-    out, encoder, images = Path(args.out), objective.encoder, len(data.train_images)
+        run.stop("--sigma, --scale-step and --group-size give filters beyond floating point: take smaller ones")
+    encoder, path, images = objective.encoder, Path(args.out) / "checkpoint.pt", len(data.train_images)
 
     # ---- the frozen encoder: batch norm sees the training images once, then the detached classifier
     frozen_top1 = checkpoint["frozen_top1"] if checkpoint else None
     if not checkpoint:
-        update_bn((data.batch(data.train_images, i) for i in torch.arange(images, device=device).split(1000)), encoder)
+        chunks = torch.arange(images, device=device).tensor_split(math.ceil(images / 1000))
+        update_bn((data.batch(data.train_images, i) for i in chunks), encoder)
         if chief:
-            frozen_top1 = probe_as_set(vars(args), encoder, data)["top1"]
+            frozen_top1 = probe.probe_as_set(vars(args), encoder, data)["top1"]
             print(f"frozen encoder: top-1 {frozen_top1:.2f} %", flush=True)
 
-    # ---- optimizer, schedule, half precision, processes
-    epochs = 0 if args.method == "frozen" else args.epochs
-    steps = steps_per_epoch(args, data)
+    # ---- processes, optimizer, schedule, half precision
     model = objective
     if dist.is_initialized():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
         model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None)
-    peak = args.lr * (args.batch_size / 256 if args.lr_per_256 else 1)
-    optimizer = LARS([p for p in model.parameters() if p.requires_grad], peak, args.momentum, args.weight_decay, args.trust_coefficient)
-    warmup = round(args.warmup_epochs * steps)
+    epochs, steps = 0 if args.method == "frozen" else args.epochs, steps_per_epoch(args, data)
+    warmup, peak = round(args.warmup_epochs * steps), args.lr * (args.batch_size / 256 if args.lr_per_256 else 1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = LARS(trained, peak, args.momentum, args.weight_decay, args.trust_coefficient)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, warmup, epochs * steps))
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
     # The scaler leaves out steps that overflow, usually the very first; PyTorch then takes the schedule to be ahead.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
-    # ---- checkpoints
-    parts = dict(zip(PARTS, (encoder, objective.head, objective.others, optimizer, scheduler, scaler), strict=True))
-    step, epoch_loss, overflows, last_saved = 0, 0.0, 0, None
+    # ---- where to start, and what a save does
+    parts, step, epoch_loss, overflows = run.parts_of(objective, optimizer, scheduler, scaler), 0, 0.0, 0
     if checkpoint:
-        try:
+        with run.fitting(path):
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
-            torch.set_rng_state(checkpoint["random"])          # nothing below draws from it; what is added may
-            step, epoch_loss, overflows = int(checkpoint["step"]), float(checkpoint["epoch_loss"]), int(checkpoint["overflows"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            stop(f"{out / 'checkpoint.pt'} does not fit this program ({type(error).__name__}: {str(error)[:200]})")
-        last_saved = step
-
-    def fail(reason):
-        """Stop a run that diverged. All processes come here at the same step; the first says why."""
-        kept = f"the last good checkpoint, {out / 'checkpoint.pt'}, is of step {last_saved}" if last_saved else "there is no checkpoint yet"
-        stop(f"{reason}; {kept}; a lower --lr may help" if chief else None, status=1)
+            torch.set_rng_state(checkpoint["random"])                          # nothing below draws; extensions may
+            step, overflows = int(checkpoint["step"]), int(checkpoint["overflows"])
+            epoch_loss = float(checkpoint["epoch_loss"])
+    log = run.Log(args, epochs, steps, step, epoch_loss, step if checkpoint else None, chief)
 
     def save():
-        nonlocal last_saved
         if not all(p.isfinite().all() for p in model.parameters()):
-            fail(f"the weights are not finite after step {step}")
+            log.diverged(f"the weights are not finite after step {step}")
         if chief:
-            content = io.BytesIO()
-            torch.save({name: part.state_dict() for name, part in parts.items()} | dict(
-                settings=json.loads(json.dumps(vars(args))), step=step, epoch=step // steps, epoch_loss=epoch_loss,
-                overflows=overflows, frozen_top1=frozen_top1, random=torch.get_rng_state()), content)
-            os.fsync(log.file.fileno())                        # the log's lines up to here are as safe as the checkpoint
-            write_whole(out / "checkpoint.pt", content.getbuffer())
-        last_saved = step
+            os.fsync(log.file.fileno())                                        # as safe as the checkpoint will be
+            run.save_checkpoint(path, parts, settings=vars(args), step=step, epoch=step // steps,
+                                epoch_loss=log.epoch_loss, overflows=overflows, frozen_top1=frozen_top1)
+        log.last_saved = step
 
     # ---- training
-    log = Log(out, step, chief)
-    elements, allowed, share = group.elements.to(device), allowed.to(device), args.batch_size // world
-    online = nn.ModuleList([encoder, objective.head])          # what BYOL's target follows
-    recent = []                                                # losses not looked at yet, on the device
-    with Signals() as signals:
+    elements, pairs, share = group.elements.to(device), pairs.to(device), args.batch_size // world
+    with run.Signals() as signals:
         for epoch in range(step // steps, epochs):
-            order, choice = (t.to(device) for t in datasets.epoch_plan(images, len(allowed), args.seed, epoch))
+            order, choice = (t.to(device) for t in datasets.epoch_plan(images, len(pairs), args.seed, epoch))
             for i in range(step % steps, steps):
-                index = order[i * args.batch_size + rank * share:][:share]                          # (b,)
-                x = data.batch(data.train_images, index)                                            # (b, C, H, W)
-                views = elements[allowed[choice[index]]].unbind(1)                                  # g1, g2, ...: an element per image
-                target = [data.train_labels[index]] if args.method == "supervised" else views
+                index = order[i * args.batch_size + rank * share:][:share]                           # (b,)
+                x = data.batch(data.train_images, index)                                             # (b, C, H, W)
+                g = elements[pairs[choice[index]]].unbind(1)                   # g1 and g2, each (b, ...)
+                given = [data.train_labels[index]] if args.method == "supervised" else g
+
                 with torch.autocast(args.device, getattr(torch, args.amp, None), enabled=args.amp != "off"):
-                    loss = model(x, *target)
+                    loss = model(x, *given)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scale, lr = scaler.get_scale(), scheduler.get_last_lr()[0]
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
-                if "target" in objective.others:
-                    objective.others["target"].update_parameters(online)
-                overflows += scaler.get_scale() < scale        # the scaler left this step out
-                recent.append(loss.detach())
+                objective.after_step()                                         # BYOL's target follows
+                overflows += scaler.get_scale() < scale                        # the scaler left this step out
                 step += 1
 
-                last, received = i == steps - 1, signals.received_anywhere()
-                if last or received or step % args.log_every == 0:
-                    losses, recent = mean_over_processes(torch.stack(recent)), []
-                    for k, value in enumerate(losses, step + 1 - len(losses)):
-                        if not math.isfinite(value):
-                            fail(f"the loss is {value} at step {k}, learning rate {peak * schedule(k - 1, warmup, epochs * steps):.4g}")
-                    epoch_loss = sum(losses, epoch_loss)
-                if last or step % args.log_every == 0:
-                    log.step(epoch, step, losses[-1], lr, overflows, args.batch_size, f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}")
-                if last:
-                    log.epoch(epoch, epochs, epoch_loss / steps)
-                    epoch_loss = 0.0
-                if received or last and (epoch + 1) % args.save_every == 0:
+                received = signals.received_anywhere()
+                log.step(step, loss, lr, overflows, look=received)
+                if received or step % (steps * args.save_every) == 0:
                     save()
                 if received:
-                    if dist.is_initialized():
-                        dist.barrier()                         # nobody leaves before the first process has saved
-                    stop(f"{signal.Signals(received).name}: saved after step {step}, continue with --resume" if chief else None, 128 + received)
-    if step != last_saved:
+                    signals.leave(received, step, chief)
+    if step != log.last_saved:
         save()
 
     # ---- the detached classifier on the trained encoder
     if dist.is_initialized():
         dist.destroy_process_group()
     if chief:
-        result = write_result(out, vars(args), encoder, data, frozen_top1, epochs)
-        print(f"top-1 on {result['test_images']} test images: frozen {frozen_top1:.2f} %, {args.method} {result['top1']:.2f} %")
-
-
-def mean_over_processes(values):
-    """Average a vector over the processes; returns a list."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values.tolist()
-
-
-class Signals:
-    """Inside this context SIGTERM and SIGINT end nothing; they are noted, for the loop to finish its step and save."""
-
-    def __enter__(self):
-        self.received = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None   # on the CPU: a GPU is not waited for
-        return self
-
-    def note(self, number, frame):
-        self.received = number
-
-    def received_anywhere(self):
-        """The number of a signal that some process received, or 0; all processes learn the same at the same step."""
-        if self.group is None:
-            return self.received
-        received = torch.tensor(self.received)
-        dist.all_reduce(received, dist.ReduceOp.MAX, group=self.group)
-        return received.item()
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        result = probe.write_result(args.out, vars(args), encoder, data, frozen_top1, epochs)
+        print(f"top-1 on {result['test_images']} test images: frozen {frozen_top1:.2f} %, "
+              f"{args.method} {result['top1']:.2f} %")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except OSError as error:                                   # a full disk while training: probe.write_whole, Log
-        stop(f"{error}; the last checkpoint is whole: make room and continue with --resume")
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
-            raise
-        stop(f"not enough memory: take a smaller --batch-size or network, or more processes ({str(error)[:150]})")
+    run.call(main, parse())

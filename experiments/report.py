@@ -1,9 +1,9 @@
-"""Turn the JSON files of this folder's scripts into the README's tables, in Markdown.
+"""Print the JSON files in experiments/results/ as Markdown tables.
 
     python experiments/report.py [NAME ...] [--budget cpu]
 
-Mean ± standard deviation, over whole trainings, of the detached classifier's top-1 in percent. A row's command is
-`python train.py`, the flags above the table, the row's own, and `--seed` with each seed.
+Each cell is the mean ± standard deviation, over whole trainings, of the detached classifier's top-1 in percent. A row's
+command is `python train.py`, the flags above its table, its own flags, and `--seed` with each seed.
 """
 import argparse
 import json
@@ -15,55 +15,70 @@ METHODS = ("frozen", "a-ssl", "h-ssl", "supervised")
 
 
 def cell(values):
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def split_flags(rows):
-    """What all rows' flags begin with, and {row: the rest}."""
-    tokens = {row: [f"--{part.strip()}" for part in flags.split("--")[1:]] for row, flags in rows.items()}
-    first, common = next(iter(tokens.values())), 0
-    while common < min(map(len, tokens.values())) and all(t[common] == first[common] for t in tokens.values()):
+    """From {row: flags}, the flags that all rows begin with, and {row: the rest}."""
+    flags = {row: [f"--{flag.strip()}" for flag in text.split("--")[1:]] for row, text in rows.items()}
+    common = 0
+    for same_place in zip(*flags.values()):
+        if len(set(same_place)) > 1:
+            break
         common += 1
-    return " ".join(first[:common]), {row: " ".join(t[common:]) for row, t in tokens.items()}
+    shared = next(iter(flags.values()))[:common]
+    return " ".join(shared), {row: " ".join(own[common:]) for row, own in flags.items()}
 
 
-def plain(runs):
-    """A line a row: flags, frozen and trained encoder."""
-    base, rest = split_flags({r["row"]: r["flags"] for r in runs})
-    lines = [f"`{base}`\n", "| run | own flags | frozen | trained | trainings |", "| --- | --- | --- | --- | --- |"]
-    for row, own in rest.items():
+def by_row(runs):
+    """A line per row: the frozen and the trained encoder."""
+    shared, own = split_flags({r["row"]: r["flags"] for r in runs})
+    lines = [f"`{shared}`", "", "| run | own flags | frozen | trained | trainings |", "| --- " * 5 + "|"]
+    for row, flags in own.items():
         of_row = [r for r in runs if r["row"] == row]
-        lines.append(f"| {row} | `{own}` | {cell([r['frozen_top1'] for r in of_row])} | {cell([r['top1'] for r in of_row])} | {len(of_row)} |")
+        frozen, trained = (cell([r[key] for r in of_row]) for key in ("frozen_top1", "top1"))
+        lines.append(f"| {row} | `{flags}` | {frozen} | {trained} | {len(of_row)} |")
     return lines
 
 
 def by_method(runs):
-    """Table 1's form: a line a group, a column a method; rows are called GROUP METHOD."""
-    groups = dict.fromkeys(r["row"].split()[0] for r in runs)
-    base, rest = split_flags({r["row"].split()[0]: r["flags"].replace(f" --method {r['row'].split()[1]}", "") for r in runs})
-    lines = [f"`{base} --method METHOD`\n", "| group | own flags | frozen | A-SSL | H-SSL | supervised | H-SSL − A-SSL | trainings |", "| --- " * 8 + "|"]
-    for group in groups:
-        found = {m: [r["top1"] for r in runs if r["row"] == f"{group} {m}"] for m in METHODS}
-        found["frozen"] = found["frozen"] or [r["frozen_top1"] for r in runs if r["row"] == f"{group} h-ssl"]
-        difference = f"{statistics.mean(found['h-ssl']) - statistics.mean(found['a-ssl']):+.2f}".replace("-", "−")
-        cells = [cell(values) if values else "not run" for values in found.values()]
-        lines.append(f"| {group} | `{rest[group]}` | {' | '.join(cells)} | {difference} | {len(found['h-ssl'])} |")
+    """The form of Table 1, for rows called GROUP METHOD: a line per group, a column per method."""
+    flags, top1, frozen = {}, {}, {}
+    for r in runs:
+        group, method = r["row"].split()
+        flags[group] = r["flags"].replace(f" --method {method}", "")
+        top1.setdefault((group, method), []).append(r["top1"])
+        if method == "h-ssl":                                                  # where no row of its own is frozen
+            frozen.setdefault(group, []).append(r["frozen_top1"])
+    shared, own = split_flags(flags)
+    lines = [f"`{shared} --method METHOD`", "",
+             "| group | own flags | frozen | A-SSL | H-SSL | supervised | H-SSL − A-SSL | trainings |",
+             "| --- " * 8 + "|"]
+    for group in flags:
+        found = [top1.get((group, method), frozen[group] if method == "frozen" else None) for method in METHODS]
+        cells = " | ".join(cell(values) if values else "not run" for values in found)
+        gain = statistics.mean(top1[group, "h-ssl"]) - statistics.mean(top1[group, "a-ssl"])
+        sign = f"{gain:+.2f}".replace("-", "−")
+        lines.append(f"| {group} | `{own[group]}` | {cells} | {sign} | {len(top1[group, 'h-ssl'])} |")
     return lines
 
 
 def show(record):
-    """Print a JSON file's content as a table."""
-    runs = record["runs"]
-    about = [" or ".join(sorted({str(r[key]) for r in runs})) for key in ("machine", "torch", "commit")]
-    print(f"\n**{record['name']}**, {record['budget']}: {about[0]}, torch {about[1]}, commit {about[2]}")
-    print("\n".join((by_method if record["name"].removesuffix("-untied") in ("mnist", "cifar10", "tiny-imagenet") else plain)(runs)))
+    """Print the content of one JSON file as a table."""
+    runs, name = record["runs"], record["name"]
+    machine, torch, commit = (" or ".join(sorted({str(r[key]) for r in runs}))
+                              for key in ("machine", "torch", "commit"))
+    print(f"\n**{name}**, {record['budget']}: {machine}, torch {torch}, commit {commit}")
+    table1 = name.removesuffix("-untied") in ("mnist", "cifar10", "tiny-imagenet")
+    print("\n".join(by_method(runs) if table1 else by_row(runs)))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="*", help="which tables; default: all that there are")
-    parser.add_argument("--budget", default="cpu")
-    args = parser.parse_args()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("name", nargs="*", help="which tables (default: all there are)")
+    p.add_argument("--budget", default="cpu", help="whose results (default: %(default)s)")
+    args = p.parse_args()
     for path in sorted(RESULTS.glob(f"*-{args.budget}.json")):
         record = json.loads(path.read_text())
         if not args.name or record["name"] in args.name:

@@ -1,15 +1,10 @@
-"""What the tables and sweeps of this folder share: a list of trainings in, experiments/results/NAME-BUDGET.json and a table out.
+"""Train a table's rows for every seed, and read finished runs back. The scripts beside this one import from it.
 
-Each script names its rows, a row being flags of train.py, for each of three budgets:
-
-    paper   the paper's configuration, meant for `--launcher "torchrun --nproc_per_node=8"`
-    gpu     full width and all images, fewer epochs and smaller batches: one GPU
-    cpu     small widths and a part of the images: minutes a run on one core
-
-Every row is trained once per seed. Finished runs are kept in --runs and not trained again; interrupted ones go on from their
-checkpoint. The JSON file holds each run's flags, seed, commit, machine, torch version, wall time, loss curve and probe.json.
+A row has a name and flags of train.py. Finished runs are kept and not trained again; interrupted ones continue from
+their checkpoint. results/NAME-BUDGET.json holds each run's flags, seed, commit, machine, torch version, wall time, loss
+curve and probe.json.
 """
-import argparse
+import copy
 import itertools
 import json
 import os
@@ -21,89 +16,110 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
-
-from report import RESULTS, show
+from torch.optim.swa_utils import update_bn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))              # for every script of this folder: they import from here first
 import data as datasets                                                                              # noqa: E402
-from train import parse                                                                              # noqa: E402
+import run                                                                                           # noqa: E402
+import train                                                                                         # noqa: E402
 
 
+# ------------------------------------------------------------------------------------------------------------ training
 def machine():
-    """The machine's processor or GPU, in words."""
+    """The machine's GPUs or processor, in words."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}"
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def commit():
-    """The checked-out commit, with "-dirty" where more than results was changed; None without git."""
+    """The checked-out commit, with "-dirty" if more than results changed since; None without git."""
     def git(*arguments):
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     head = git("rev-parse", "--short=10", "HEAD").stdout.strip()
-    return head + "-dirty" * git("diff", "--quiet", "HEAD", "--", ".", ":!experiments/results").returncode if head else None
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":!experiments/results").returncode
+    return head + "-dirty" * changed if head else None
 
 
-def run(flags, seed, out, args):
-    """One training, unless it is finished already; returns its record, a dict."""
-    record = out / "run.json"
-    if not record.exists():
-        command = [*args.launcher, str(ROOT / "train.py"), *shlex.split(flags), "--seed", str(seed), "--out", str(out), "--data-dir", args.data_dir, "--resume"]
+def train_row(flags, seed, out, args):
+    """Train a row with one seed in the folder out, unless that is done already; returns the run's record, a dict."""
+    path = out / "run.json"
+    if not path.exists():
+        command = [*args.launcher, str(ROOT / "train.py"), *shlex.split(flags), "--seed", str(seed), "--out", str(out),
+                   "--data-dir", args.data_dir, "--resume"]
+        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))} if args.jobs > 1 else {}
         start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr}")
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        result = dict(flags=flags, seed=seed, commit=commit(), machine=machine(), torch=torch.__version__, seconds=round(time.perf_counter() - start, 1),
-                      images_per_second=statistics.median([line["images_per_second"] for line in lines]) if lines else None,
-                      losses=[[line["step"], round(line["loss"], 4)] for line in lines], **json.loads((out / "probe.json").read_text()))
-        record.write_text(json.dumps(result) + "\n")
-        print(f"{out.name}: frozen {result['frozen_top1']:.2f} %, trained {result['top1']:.2f} %, {result['seconds']:.0f} s", file=sys.stderr, flush=True)
-    result = json.loads(record.read_text())
-    if result["flags"] != flags:
-        raise SystemExit(f"{out} was made with other flags ({result['flags']}): delete it, or choose another --runs")
-    return result
+        finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+        seconds = round(time.perf_counter() - start, 1)
+        if finished.returncode:
+            raise SystemExit(f"{shlex.join(command)} failed:\n{finished.stderr}")
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        speed = statistics.median(line["images_per_second"] for line in log) if log else None
+        result = json.loads((out / "probe.json").read_text())
+        record = dict(flags=flags, seed=seed, commit=commit(), machine=machine(), torch=torch.__version__,
+                      seconds=seconds, images_per_second=speed,
+                      losses=[[line["step"], round(line["loss"], 4)] for line in log], **result)
+        path.write_text(json.dumps(record) + "\n")
+        print(f"{out.name}: frozen {result['frozen_top1']:.2f} %, trained {result['top1']:.2f} %, {seconds:.0f} s",
+              file=sys.stderr, flush=True)
+    record = json.loads(path.read_text())
+    if record["flags"] != flags:
+        raise SystemExit(f"{out} was made with other flags ({record['flags']}): delete it, or choose another --runs")
+    return record
 
 
-def main(doc, experiments, budgets=("paper", "gpu", "cpu")):
-    """Read the command line, train what is not trained, write and print.
+def train_table(rows, args):
+    """Train all rows, {row: flags}, for all seeds, and write the JSON file; returns its content. args: tables.parse."""
+    rows = {row: f"{flags} {args.extra}".strip() for row, flags in rows.items()}
+    for name in {train.parse(shlex.split(flags)).dataset for flags in rows.values()}:
+        datasets.load(name, args.data_dir)                                     # download once, not in every run
 
-    Args:
-        doc: the script's docstring, for --help.
-        experiments: name -> function(budget) -> {row's name: flags of train.py}.
-        budgets: those that the functions know.
-    """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    if len(experiments) > 1:
-        parser.add_argument("name", choices=experiments, help="which of the script's tables")
-    else:
-        parser.set_defaults(name=next(iter(experiments)))
-    parser.add_argument("--budget", choices=budgets, default=budgets[-1])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
-    parser.add_argument("--runs", default="runs/experiments", help="folder of the runs' folders")
-    parser.add_argument("--results", default=str(RESULTS), help="folder of the JSON files")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on a CPU each has its share of the cores")
-    parser.add_argument("--launcher", type=shlex.split, default=[sys.executable], help="what starts train.py (default: this Python)")
-    parser.add_argument("--extra", default="", help="flags of train.py to add to every run, as --extra=\"--epochs 1\"")
-    args = parser.parse_args()
-    if args.jobs > 1:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))
-    rows = {row: f"{flags} {args.extra}".strip() for row, flags in experiments[args.name](args.budget).items()}
-    for name in {parse(shlex.split(flags)).dataset for flags in rows.values()}:
-        datasets.load(name, args.data_dir)                             # downloaded once, before several runs would
-
-    def one(job):
+    def train_one(job):
         seed, (row, flags) = job
-        out = Path(args.runs) / f"{args.name}-{args.budget}-{''.join(c if c.isalnum() else '-' for c in row)}-{seed}"
-        return dict(row=row) | run(flags, seed, out, args)
+        plain = "".join(c if c.isalnum() else "-" for c in row)
+        out = Path(args.runs) / f"{args.name}-{args.budget}-{plain}-{seed}"
+        return dict(row=row) | train_row(flags, seed, out, args)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = list(pool.map(one, itertools.product(args.seeds, rows.items())))
+        runs = list(pool.map(train_one, itertools.product(args.seeds, rows.items())))
     record = dict(name=args.name, budget=args.budget, runs=runs)
     Path(args.results).mkdir(parents=True, exist_ok=True)
     (Path(args.results) / f"{args.name}-{args.budget}.json").write_text(json.dumps(record, indent=1) + "\n")
-    show(record)
+    return record
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+class Run(NamedTuple):
+    settings: dict                 # the flags
+    data: datasets.Dataset
+    group: object
+    before: train.Objective        # encoder and head as the training found them, and as it left them, both in eval mode
+    after: train.Objective
+
+
+def load_run(folder, data_dir=None):
+    """Read a finished run of train.py, on the CPU; data_dir: folder of the data sets, None for the run's own."""
+    path = Path(folder) / "checkpoint.pt"
+    try:
+        checkpoint = run.load_checkpoint(path)
+        with run.fitting(path):
+            s = SimpleNamespace(**checkpoint["settings"])
+            chosen = s.dataset, data_dir or s.data_dir, "cpu", s.train_images
+        data = datasets.load(*chosen)
+    except ValueError as error:
+        run.stop(error)
+    with run.fitting(path):
+        torch.manual_seed(s.seed)                                              # the weights that train.py began with
+        encoder, group = run.build(vars(s), *data.train_images.shape[1:3])
+        before = train.make_objective(s, encoder, group, data)
+        index = torch.arange(len(data.train_images))
+        update_bn((data.batch(data.train_images, i) for i in index.split(1000)), encoder)
+        after = copy.deepcopy(before)
+        after.encoder.load_state_dict(checkpoint["encoder"])
+        after.head.load_state_dict(checkpoint["head"])
+    return Run(vars(s), data, group, before.eval(), after.eval())

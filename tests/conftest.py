@@ -1,16 +1,16 @@
+"""For all tests: where modules are found, float64, and a small data set."""
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+from helpers import draw_few_glyphs                                                                  # noqa: E402
+from test_equivariance import float64                                                                # noqa: E402, F401
 
 
 @pytest.fixture
-def float64():
-    """Everything that a test makes is float64 and comes from seed 0."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+def few_glyphs(monkeypatch):
+    draw_few_glyphs(monkeypatch)

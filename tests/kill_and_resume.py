@@ -1,4 +1,4 @@
-"""Kill a training with SIGKILL again and again, resume it each time, and compare how it ends with one left alone.
+"""Kill a training with SIGKILL again and again, resume it each time, and compare its end with that of one left alone.
 
     python tests/kill_and_resume.py [--kills 10] [--seed 0]
 
@@ -6,8 +6,10 @@ The moments are drawn at random, in turn: while a checkpoint is being written, w
 Exit status 1, with what differs, unless weights, optimizer, schedule, log and classifier are the same bit for bit.
 """
 import argparse
+import contextlib
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -18,12 +20,15 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--device cpu --train-images 2000 --batch-size 64 --widths 2 3 4 --probe-epochs 5 --save-every 1 --log-every 1".split()
+SMALL = ("--device cpu --train-images 1000 --batch-size 64 --widths 2 3 4 --probe-epochs 1 "                 # 15 steps
+         "--save-every 1 --log-every 1").split()                                                             # an epoch
 
 
-def start(out, epochs, *flags):
-    return subprocess.Popen([sys.executable, "train.py", *SMALL, "--epochs", str(epochs), "--out", str(out), *flags], cwd=ROOT,
-                            stdout=subprocess.DEVNULL)
+def start(*command, **options):
+    """Start a command line of this repository on one thread."""
+    options = dict(stdout=subprocess.DEVNULL, text=True) | options
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment, **options)
 
 
 def wait_until(happened, process):
@@ -37,17 +42,22 @@ def lines(run):
 
 
 def kill_at(moment, process, run, rng):
-    """Wait for a random moment of one kind, then SIGKILL; returns in words where it hit, None if the program was done."""
+    """Kill at a random moment of one kind; returns in words where that was, or None if the program had finished."""
     temporary = run / "checkpoint.pt.tmp"
+
+    def written():
+        with contextlib.suppress(FileNotFoundError):
+            return temporary.stat().st_mtime_ns
+
     if moment == "save":
-        before = temporary.stat().st_mtime_ns if temporary.exists() else None         # one left by an earlier kill
-        wait_until(lambda: temporary.exists() and temporary.stat().st_mtime_ns != before if before else temporary.exists(), process)
+        before = written()                                                     # of a file that an earlier kill left
+        wait_until(lambda: written() not in (None, before), process)
     elif moment == "step":
-        target = lines(run) + rng.randint(1, 40)
+        target = lines(run) + rng.randint(1, 25)
         wait_until(lambda: lines(run) >= target, process)
         time.sleep(rng.uniform(0, 0.02))
     else:
-        time.sleep(rng.uniform(0.1, 6))
+        time.sleep(rng.uniform(0.1, 4))
     process.kill()
     if process.wait() == 0:
         return None
@@ -59,7 +69,8 @@ def differences(a, b, name="checkpoint"):
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [name]
     if isinstance(a, dict):
-        return [d for key in a.keys() | b.keys() if key not in ("out", "resume") for d in differences(a.get(key), b.get(key), f"{name}.{key}")]
+        keys = (a.keys() | b.keys()) - {"out", "resume"}
+        return [d for key in keys for d in differences(a.get(key), b.get(key), f"{name}.{key}")]
     if isinstance(a, (list, tuple)) and len(a) == len(b):
         return [d for k, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{name}.{k}")]
     return [] if a == b else [name]
@@ -67,27 +78,29 @@ def differences(a, b, name="checkpoint"):
 
 def compare(run, straight):
     """What differs between two finished runs: checkpoint, log (but for the times) and probe.json."""
-    found = differences(*(torch.load(r / "checkpoint.pt", weights_only=True) for r in (run, straight)))
-    logs = [[{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in (r / "log.jsonl").open()]
-            for r in (run, straight)]
-    found += differences(*logs, "log") + differences(*((r / "probe.json").read_text() for r in (run, straight)), "probe")
-    return found
+    def contents(run):
+        log = [json.loads(line) for line in (run / "log.jsonl").open()]
+        return dict(checkpoint=torch.load(run / "checkpoint.pt", weights_only=True),
+                    log=[{key: line[key] for key in line if key != "images_per_second"} for line in log],
+                    probe=(run / "probe.json").read_text())
+    return differences(contents(run), contents(straight), "run")
 
 
 def trial(folder, kills, seed=0):
-    """Train with kills and without; returns where the kills hit, and what differs in the end (nothing, if all is well)."""
+    """Train with kills and without; returns where the kills hit, and what differs in the end (ideally nothing)."""
     rng, run, straight, hits = random.Random(seed), folder / "killed", folder / "straight", []
-    epochs = 2 * kills + 2
+    train = "train.py", *SMALL, "--epochs", 2 * kills + 2, "--out"
     moments = itertools.cycle(("save", "step", "start"))
-    while len(hits) < kills:
-        hit = kill_at(next(moments), start(run, epochs, "--resume"), run, rng)
-        if hit is None:
-            raise RuntimeError(f"the program finished after {len(hits)} of {kills} kills: take another --seed")
-        hits.append(f"{hit} (step {lines(run)})")
-        print(f"kill {len(hits)}: {hits[-1]}", flush=True)
-    for process in (start(run, epochs, "--resume"), start(straight, epochs)):
-        if process.wait():
-            raise RuntimeError(f"an undisturbed part ended with status {process.returncode}")
+    with start(*train, straight) as undisturbed:
+        while len(hits) < kills:
+            hit = kill_at(next(moments), start(*train, run, "--resume"), run, rng)
+            if hit is None:
+                raise RuntimeError(f"the program finished after {len(hits)} of {kills} kills: take another --seed")
+            hits.append(f"{hit} (step {lines(run)})")
+            print(f"kill {len(hits)}: {hits[-1]}", flush=True)
+        for process in (start(*train, run, "--resume"), undisturbed):
+            if process.wait():
+                raise RuntimeError(f"an undisturbed part ended with status {process.returncode}")
     return hits, compare(run, straight)
 
 

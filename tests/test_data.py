@@ -104,8 +104,9 @@ def test_cifar10_reads_the_files_that_are_there(tmp_path, monkeypatch):
     first = write_cifar10(tmp_path)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
     cifar10 = data.load("cifar10", tmp_path)
-    assert cifar10.train_images.shape == (20, 3, 32, 32) and cifar10.test_images.shape == (4, 3, 32, 32) and cifar10.classes == 10
-    assert np.array_equal(cifar10.train_images[:4].flatten(1), first) and cifar10.train_labels[:4].tolist() == [0, 1, 2, 3]
+    assert cifar10.train_images.shape == (20, 3, 32, 32) and cifar10.test_images.shape == (4, 3, 32, 32)
+    assert cifar10.classes == 10 and cifar10.train_labels[:4].tolist() == [0, 1, 2, 3]
+    assert np.array_equal(cifar10.train_images[:4].flatten(1), first)
 
 
 def write_tiny_imagenet(folder, per_class=2):
@@ -114,15 +115,16 @@ def write_tiny_imagenet(folder, per_class=2):
 
     def write(path, red, green):
         path.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.new("L", (64, 64), 77) if (red, green) == (1, 7) else Image.new("RGB", (64, 64), (red, green, 128))
-        image.save(path, "JPEG", quality=100, subsampling=0)
+        mode, colour = ("L", 77) if (red, green) == (1, 7) else ("RGB", (red, green, 128))
+        Image.new(mode, (64, 64), colour).save(path, "JPEG", quality=100, subsampling=0)
 
     for k, name in enumerate(names):
         for i in range(per_class):
             write(tree / "train" / name / "images" / f"{name}_{i}.JPEG", i, k)
         write(tree / "val" / "images" / f"val_{k}.JPEG", 255, k)
     (tree / "wnids.txt").write_text("\n".join(names) + "\n")
-    (tree / "val" / "val_annotations.txt").write_text("".join(f"val_{k}.JPEG\t{name}\t0\t0\t63\t63\n" for k, name in enumerate(names)))
+    rows = [f"val_{k}.JPEG\t{name}\t0\t0\t63\t63\n" for k, name in enumerate(names)]
+    (tree / "val" / "val_annotations.txt").write_text("".join(rows))
     return tree
 
 
@@ -131,11 +133,13 @@ def test_tiny_imagenet_is_decoded_once(tmp_path, capsys):
     tree = write_tiny_imagenet(tmp_path)
     tiny = data.load("tiny-imagenet", tmp_path)
     assert "train: 400 of 400" in capsys.readouterr().out
-    assert tiny.train_images.shape == (400, 3, 64, 64) and tiny.test_images.shape == (200, 3, 64, 64) and tiny.classes == 200
+    assert tiny.train_images.shape == (400, 3, 64, 64) and tiny.test_images.shape == (200, 3, 64, 64)
+    assert tiny.classes == 200
     assert tiny.train_labels.tolist() == [*range(200), *range(200)] and tiny.test_labels.tolist() == [*range(200)]
     mean = tiny.train_images.float().mean((2, 3))
-    assert (mean[:200, 1] - torch.arange(200)).abs().max() <= 2 and (mean[200:, 0] - 1).abs().sort().values[:-1].max() <= 2
-    assert (mean[207] - 77).abs().max() <= 2
+    assert (mean[:200, 1] - torch.arange(200)).abs().max() <= 2                    # green: the class, in order
+    assert (mean[200:, 0] - 1).abs().sort().values[:-1].max() <= 2                 # red: each class's second image
+    assert (mean[207] - 77).abs().max() <= 2                                       # the grey one
     tree.rename(tmp_path / "gone")
     again = data.load("tiny-imagenet", tmp_path)
     assert torch.equal(again.train_images, tiny.train_images) and torch.equal(again.test_labels, tiny.test_labels)

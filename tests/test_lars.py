@@ -34,7 +34,7 @@ def test_a_weight_by_hand():
 
 
 def test_a_bias_by_hand():
-    """One dimension: neither decay nor adaptation. g = 0.5 twice, μ = 0.5: m = 0.5, 0.75; w = 1 - 0.4·0.5 - 0.2·0.75."""
+    """No decay, no adaptation for one dimension: g = 0.5 twice, μ = 0.5, m = 0.5, 0.75; w = 1 - 0.4·0.5 - 0.2·0.75."""
     w = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     optimizer = LARS([w], lr=1.0, momentum=0.5, weight_decay=0.1, trust_coefficient=0.5)
     got = list(steps(optimizer, w, [([0.5], 0.4), ([0.5], 0.2)]))
@@ -42,34 +42,34 @@ def test_a_bias_by_hand():
 
 
 def test_adapted_also_without_weight_decay():
-    """λ = 0 is no SGD: w = (3, 4), g = (6, 8), η = 0.5, so d = 0.5·5/10·g = (1.5, 2); lr 0.4 gives (2.4, 3.2)."""
+    """λ = 0 is not SGD: w = (3, 4), g = (6, 8), η = 0.5, so d = 0.5·5/10·g = (1.5, 2); lr 0.4 gives (2.4, 3.2)."""
     w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
     (got,) = steps(LARS([w], lr=1.0, trust_coefficient=0.5), w, [([[6.0, 8.0]], 0.4)])
     torch.testing.assert_close(got, torch.tensor([[2.4, 3.2]]))
 
 
-@pytest.mark.parametrize("w, g, expected", (([[0.0, 0.0]], [[1.0, 2.0]], [[-0.1, -0.2]]), ([[3.0, 4.0]], [[0.0, 0.0]], [[3.0, 4.0]])))
+@pytest.mark.parametrize("w, g, expected", (
+    ([[0.0, 0.0]], [[1.0, 2.0]], [[-0.1, -0.2]]), ([[3.0, 4.0]], [[0.0, 0.0]], [[3.0, 4.0]])))
 def test_a_zero_norm_means_ratio_one(w, g, expected):
     w = torch.nn.Parameter(torch.tensor(w))
     (got,) = steps(LARS([w], lr=1.0), w, [(g, 0.1)])
     torch.testing.assert_close(got, torch.tensor(expected))
 
 
-def test_one_by_one_or_all_at_once():
-    """step takes weights one at a time on a CPU and all together elsewhere: the same numbers."""
+def test_many_weights_together_or_each_alone():
+    """A step takes all weights and biases together, each adapted by its own norm: as with an optimizer for each."""
     torch.manual_seed(0)
-    first = [torch.nn.Parameter(torch.randn(s)) for s in ((3, 4), (5,), (2, 3, 4), (2, 2))]
-    second = [torch.nn.Parameter(w.detach().clone()) for w in first]
+    together = [torch.nn.Parameter(torch.randn(s)) for s in ((3, 4), (5,), (2, 3, 4), (1,), (2, 2))]
+    alone = [torch.nn.Parameter(w.detach().clone()) for w in together]
     options = dict(lr=0.1, momentum=0.9, weight_decay=1e-2, trust_coefficient=0.1)
-    one, all_at_once = LARS(first, **options), LARS(second, **options)
+    optimizers = [LARS(together, **options), *(LARS([w], **options) for w in alone)]
     for _ in range(3):
-        for a, b in zip(first, second):
+        for a, b in zip(together, alone):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
-        one.step()
-        with torch.no_grad():
-            all_at_once._update(second, *options.values())
-    for a, b in zip(first, second):
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(together, alone):
         torch.testing.assert_close(a, b)
 
 
@@ -110,7 +110,7 @@ def test_state_is_plain_and_continues_exactly(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_parameters_without_a_gradient_stay(tmp_path):
+def test_parameters_without_a_gradient_stay():
     used, unused = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
     optimizer = LARS([used, unused], lr=0.1, weight_decay=0.1)
     used.grad = torch.ones(2, 2)
@@ -118,8 +118,9 @@ def test_parameters_without_a_gradient_stay(tmp_path):
     assert not torch.equal(used, torch.ones(2, 2)) and torch.equal(unused, torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("bad", (dict(lr=-1), dict(lr=0.1, momentum=1), dict(lr=0.1, weight_decay=-1), dict(lr=0.1, trust_coefficient=-1),
-                                 dict(lr=float("nan"))))
+@pytest.mark.parametrize("bad", (
+    dict(lr=-1), dict(lr=0.1, momentum=1), dict(lr=0.1, weight_decay=-1), dict(lr=0.1, trust_coefficient=-1),
+    dict(lr=float("nan"))))
 def test_bad_input(bad):
     with pytest.raises(ValueError, match="need lr"):
         LARS([torch.nn.Parameter(torch.ones(1))], **bad)

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers import in_processes
 from losses import Predictor, byol, multi_view_nt_xent, nt_xent, simsiam
 
 
@@ -28,7 +28,7 @@ def test_formula(count, n, temperature):
     torch.manual_seed(0)
     views = torch.randn(count, n, 5, dtype=torch.float64)
     expected = pytest.approx(by_the_formula(views, temperature), rel=1e-12, abs=1e-12)
-    assert multi_view_nt_xent(list(views), temperature).item() == expected
+    assert multi_view_nt_xent(*views, temperature=temperature).item() == expected
     if count == 2:
         assert nt_xent(*views, temperature).item() == expected
 
@@ -37,7 +37,7 @@ def test_gradient_by_finite_differences():
     torch.manual_seed(0)
     h1, h2 = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True).unbind()
     assert torch.autograd.gradcheck(nt_xent, (h1, h2))
-    assert torch.autograd.gradcheck(lambda *views: multi_view_nt_xent(views), (h1, h2, (h1 + h2).detach().requires_grad_()))
+    assert torch.autograd.gradcheck(multi_view_nt_xent, (h1, h2, (h1 + h2).detach().requires_grad_()))
 
 
 def test_there_are_2n_minus_1_candidates():
@@ -64,13 +64,13 @@ def test_bad_input(shapes, temperature, message):
     with pytest.raises(ValueError, match=message):
         nt_xent(torch.zeros(shapes[0]), torch.zeros(shapes[1]), temperature)
     with pytest.raises(ValueError, match="two or more"):
-        multi_view_nt_xent([torch.zeros(3, 4)])
+        multi_view_nt_xent(torch.zeros(3, 4))
 
 
-# ------------------------------------------------------------------------------------------------------ without negatives
+# -------------------------------------------------------------------------------------------------- without negatives
 
 def test_simsiam_and_byol_formulas():
-    """-½ mean cos - ½ mean cos, and the summed squared distances of unit vectors; only the predictions get a gradient."""
+    """-½ mean cos - ½ mean cos; summed squared distances of unit vectors. Only predictions get a gradient."""
     torch.manual_seed(0)
     p1, p2, h1, h2 = torch.randn(4, 6, 5, dtype=torch.float64, requires_grad=True).unbind()
     rows = [(a.detach(), b.detach()) for p, h in ((p1, h2), (p2, h1)) for a, b in zip(p, h)]
@@ -105,7 +105,7 @@ def test_predictor():
     assert losses[0] > -0.3 and losses[-1] < -0.9
 
 
-# ---------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------------------------- several processes
 
 def model_and_views(n=8):
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def model_and_views(n=8):
 
 def loss_of(model, views, count):
     h = model(views[:count].flatten(0, 1)).chunk(count)
-    return nt_xent(*h) if count == 2 else multi_view_nt_xent(h)
+    return nt_xent(*h) if count == 2 else multi_view_nt_xent(*h)
 
 
 def one_of_several(rank, world, folder):
@@ -136,8 +136,8 @@ def one_of_several(rank, world, folder):
 
 @pytest.mark.parametrize("world", (2, 4))
 def test_spread_over_processes(world, tmp_path):
-    """Mean loss and DDP's mean gradient over processes are those of one process that holds the whole batch, of 2 and 3 views."""
-    mp.spawn(one_of_several, args=(world, str(tmp_path)), nprocs=world)
+    """The mean over processes of loss and gradient (by DDP) is that of one process with all images; 2 and 3 views."""
+    in_processes(world, one_of_several, world, str(tmp_path))
     model, views = model_and_views()
     for count in (2, 3):
         model.zero_grad()

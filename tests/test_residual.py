@@ -1,18 +1,18 @@
-"""The residual backbone against SESN's network restated, and what its one departure, means in place of strides, buys."""
+"""The residual backbone against a restatement of SESN's network, and what its one change, means for strides, is for."""
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hssl import Rotation
+from hssl import Rotation, equivariance_error
 from layers import PerElement, ResidualBackbone, ResidualBlock
 
 pytestmark = pytest.mark.usefixtures("float64")
 WIDTHS = (2, 3, 4, 5)
 
 
-def randomised(group, elements, **options):
-    f = ResidualBackbone(group, elements, WIDTHS, in_channels=3, **options).train()
+def randomised(group, group_size, **options):
+    f = ResidualBackbone(group, group_size, WIDTHS, in_channels=3, **options).train()
     for parameter in f.parameters():
         if parameter.ndim == 1:
             nn.init.normal_(parameter, mean=0.5, std=0.5)
@@ -24,7 +24,7 @@ def halves(block):
 
 
 def strided(block, x):
-    """A halving block as SESN has it: no means, both branches with stride 2, so that each 2x2 cell leaves one corner."""
+    """A halving block as in SESN: no means, both branches with stride 2, so that each 2x2 cell leaves one corner."""
     y = PerElement(block.activate[0], block.activate[1])(x)
     kept = block.first(y)[..., ::2, ::2]
     return block.shortcut(y)[..., ::2, ::2] + block.second(block.between(kept))
@@ -34,23 +34,27 @@ def strided(block, x):
 def with_strides(monkeypatch):
     """Replace means by strides in every ResidualBlock."""
     usual = ResidualBlock.forward
-    monkeypatch.setattr(ResidualBlock, "forward", lambda block, x: strided(block, x) if halves(block) else usual(block, x))
+
+    def forward(block, x):
+        return strided(block, x) if halves(block) else usual(block, x)
+    monkeypatch.setattr(ResidualBlock, "forward", forward)
 
 
 def sesn(f, x, stride):
-    """SESN's wide residual network in evaluation order, one scale at a time, 3-D batch norm; up to its maximum over scales.
+    """SESN's wide residual network up to its maximum over scales, one scale at a time, with 3-D batch norm.
 
-    f gives the weights. Halving blocks stride their first convolution and their shortcut if `stride`; else the activated
-    map is averaged before them.
+    f gives the weights. Halving blocks stride their first convolution and their shortcut if `stride`; else they average
+    the activated map before these.
     """
     def convolution(layer, x, step=1):
         def kernel(s):
             return torch.einsum("oiek,khw->oihw", layer.weight, layer.basis[:, s])
-        inputs = [x] * layer.elements if x.ndim == 4 else x.unbind(2)
-        return torch.stack([F.conv2d(y, kernel(s), stride=step, padding=layer.padding) for s, y in enumerate(inputs)], 2)
+        inputs = [x] * layer.group_size if x.ndim == 4 else x.unbind(2)
+        outputs = [F.conv2d(y, kernel(s), stride=step, padding=layer.padding) for s, y in enumerate(inputs)]
+        return torch.stack(outputs, 2)
 
-    def norm_relu(norm, x):
-        return F.relu(F.batch_norm(x, None, None, norm.weight, norm.bias, training=True))            # (B, C, S, H, W): BatchNorm3d
+    def norm_relu(norm, x):                                                                          # (B, C, S, H, W)
+        return F.relu(F.batch_norm(x, None, None, norm.weight, norm.bias, training=True))
 
     x = convolution(f[0], x)
     for block in list(f)[1:-1]:
@@ -80,37 +84,35 @@ def test_scale_with_strides_is_sesn_s(with_strides):
 
 
 def quarter_turn_errors():
-    """Relative error of f(T_g x) = Γ_g f(x) on the whole residual network, quarter turns, 32 pixels."""
+    """Relative error of f(T_g x) = Γ_g f(x) for the whole residual network and each quarter turn, at 32 pixels."""
     f, group, x = randomised("rotation", 4), Rotation(4), torch.randn(2, 3, 32, 32)
-    z, errors = f(x), []
-    for g in group.elements[1:]:
-        g = g.expand(2)
-        errors.append(((f(group.T(g, x)) - group.Γ(g, z)).norm() / z.norm()).item())
-    return errors
+    return equivariance_error(f, group, x, group.elements[1:])
 
 
 def test_means_keep_quarter_turns_exact():
     errors = quarter_turn_errors()
     print(f"relative error of quarter turns with means: {', '.join(f'{e:.0e}' for e in errors)}")
-    assert max(errors) < 1e-10, errors
+    assert errors.max() < 1e-10, errors
 
 
 def test_strides_break_quarter_turns(with_strides):
     errors = quarter_turn_errors()
     print(f"relative error of quarter turns with SESN's strides: {', '.join(f'{e:.2f}' for e in errors)}")
-    assert min(errors) > 0.1, errors
+    assert errors.min() > 0.1, errors
 
 
 def test_number_of_parameters_is_sesn_s():
-    """At full size, for scale: 9 numbers per filter, two per batch-norm channel, 1x1 shortcuts where channels change."""
+    """For scale: 9 numbers per filter, two per batch-norm channel, 1x1 shortcuts where channels change."""
     widths, count = (16, 128, 256, 512), 9 * 3 * 16
     for a, b in zip(widths, widths[1:]):
-        count += 9 * (a * b + 3 * b * b) + a * b + 2 * (a + 3 * b)           # two blocks: four convolutions, a shortcut, four norms
+        # Two blocks: four convolutions, a shortcut, four norms.
+        count += 9 * (a * b + 3 * b * b) + a * b + 2 * (a + 3 * b)
     count += 2 * 512
     assert sum(p.numel() for p in ResidualBackbone("scale", 3).parameters()) == count == 10_956_240
 
 
-@pytest.mark.parametrize("options, message", ((dict(depth=12), "6n"), (dict(widths=(1, 2, 3)), "four"), (dict(widths=(0, 1, 2, 3)), "four")))
+@pytest.mark.parametrize("options, message", (
+    (dict(depth=12), "6n"), (dict(widths=(1, 2, 3)), "4 positive"), (dict(widths=(0, 1, 2, 3)), "4 positive")))
 def test_what_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ResidualBackbone(**options)

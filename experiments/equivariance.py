@@ -1,0 +1,74 @@
+"""Measure how far each layer of trained encoders is from f(T_g x) = Γ_g f(x), before and after training.
+
+    python experiments/equivariance.py RUN [RUN ...] [--images 200]
+
+For layer l the error is ‖f_l(T_g x) - Γ_g f_l(x)‖ / ‖Γ_g f_l(x)‖ over test images x, averaged over all group elements g
+but the identity: 0 where Eq. (1) holds exactly, about 1.4 for unrelated features. Rotation and scale are compared on
+the base space, all that the head reads; translation on the whole map, so the zeros that enter at its border count.
+Writes experiments/results/equivariance_error.json and prints a table per run.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from runs import load_run                                                      # first: it finds the project's modules
+from hssl import Crops, Translation, equivariance_error
+from layers import Untied
+from report import RESULTS
+
+
+def on_layer(group, image_side, layer_side):
+    """The group as it moves a layer's map, and its elements but the identity. Shifts are counted in positions, of which
+    an earlier layer has more: there a shift of the same pixels has a larger g."""
+    elements = torch.stack([g for g in group.elements if g.any()])
+    if isinstance(group, (Translation, Crops)):
+        shifts, stride = getattr(group, "shifts", group), image_side // layer_side
+        # window=1 allows the largest shifts
+        return Translation(layer_side, 1, stride, shifts.circular), elements * (shifts.stride // stride)
+    return group, elements
+
+
+@torch.no_grad()
+def layer_errors(encoder, group, x):
+    """Every layer's error, {layer: float}, on images x (B, C, H, W); layers without a map are left out."""
+    untied, errors = isinstance(encoder, Untied), {}
+    network = list(encoder.network if untied else encoder)
+    for count, layer in enumerate(network, 1):
+        first = torch.nn.Sequential(*network[:count]).eval()
+
+        def f(x):
+            z = first(x)
+            return z.squeeze(2).unflatten(1, (-1, encoder.group_size)) if untied else z
+
+        z = f(x[:1])
+        if z.ndim == 5:
+            moves, elements = on_layer(group, x.shape[-1], z.shape[-1])
+            on_base = not isinstance(moves, Translation)
+            errors[f"{count} {type(layer).__name__}"] = equivariance_error(f, moves, x, elements, on_base).mean().item()
+    return errors
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("run", nargs="+", help="folders of runs, the --out of train.py")
+    p.add_argument("--images", type=int, default=200, help="test images to measure on (default: %(default)s)")
+    p.add_argument("--data-dir", help="folder of the data sets (default: the run's own)")
+    p.add_argument("--results", default=str(RESULTS), help="folder of the JSON file (default: experiments/results)")
+    args = p.parse_args()
+    found = {}
+    for folder in map(Path, args.run):
+        settings, data, group, *objectives = load_run(folder, args.data_dir)
+        x = data.batch(data.test_images, torch.arange(args.images))
+        before, after = (layer_errors(objective.encoder, group, x) for objective in objectives)
+        found[folder.name] = dict(before=before, after=after, settings=settings, torch=torch.__version__)
+        print(f"\n{folder.name}\n\n| layer | before training | after |\n| --- | --- | --- |")
+        for layer in before:
+            print(f"| {layer} | {before[layer]:.2g} | {after[layer]:.2g} |")
+    Path(args.results).mkdir(parents=True, exist_ok=True)
+    (Path(args.results) / "equivariance_error.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
