@@ -126,10 +126,10 @@ def find_checkpoint(settings):
         return None
     checkpoint = load_checkpoint(out / "checkpoint.pt")
     before = checkpoint["settings"]
-    changed = [f"--{name.replace('_', '-')} {before.get(name, 'unknown')}" for name, value in settings.items()
-               if name not in free and not (name in before and before[name] == value)]
+    changed = [(f"--{name} {before[name]}" if name in before else f"no --{name}").replace("_", "-")
+               for name, value in settings.items() if name not in free and before.get(name, before) != value]
     if changed:
-        raise ValueError(f"{out} was made with {', '.join(changed)}: continue it with these, or choose another --out")
+        raise ValueError(f"{out} was made with {', '.join(changed)}: continue it so, or choose another --out")
     return checkpoint
 
 
@@ -248,7 +248,7 @@ def call(main, args):
     try:
         main(args)
     except OSError as error:
-        stop(f"cannot write: {error}; what was saved is intact: make room and start again, a training with --resume")
+        stop(f"cannot write: {error}; what was saved is intact: check folder and disk, and start again, with --resume")
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise

@@ -7,15 +7,17 @@ Every figure is a function from the command line's args to a matplotlib figure; 
 """
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.patches import ConnectionPatch
+from matplotlib.patches import ConnectionPatch, Rectangle
 
-from runs import load_run                                                      # first: it finds the project's modules
+from runs import ROOT, load_run                                                # first: it finds the project's modules
 from report import RESULTS
 
 BLUE, RED, GREY = "#1f5fa8", "#c2402a", "#777777"
@@ -38,11 +40,11 @@ def colours(z, fibers=None):
     return (0.5 + 0.5 * ((z.movedim(0, 2) - mean) @ axes.T) / spread).clamp(0, 1)
 
 
-def picture(figure, left, bottom, size, values, title, edge=None, fontsize=10):
+def picture(figure, left, bottom, size, values, title="", edge=None, fontsize=10, **options):
     """Add a square picture: an image (H, W) in grey, or colours (H, W, 3). Lengths are fractions of the height."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes((left * height / width, bottom, size * height / width, size))
-    axes.imshow(values, cmap="gray")
+    axes.imshow(values, **dict(cmap="gray") | options)
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=fontsize, pad=3)
     for spine in axes.spines.values():
@@ -137,7 +139,97 @@ def losses(args):
     return figure
 
 
-FIGURES = {"idea": idea, "sweeps": sweeps, "losses": losses}
+# -------------------------------------------------------------------------------------------------------------- TOUR.md
+def tour(args):
+    """the pictures of TOUR.md, four files tour-*.png, drawn from what its blocks compute"""
+    scope, figures, draw = {}, {}, {2: tour_filters, 3: tour_equivariance, 4: tour_views, 8: tour_training}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "TOUR.md").read_text(), re.S)
+    for step, block in enumerate(blocks[:max(draw)], 1):
+        exec(block, scope)
+        if step in draw:
+            with torch.no_grad():
+                figures[draw[step].__name__.replace("_", "-")] = draw[step](SimpleNamespace(**scope))
+    return figures
+
+
+def tour_filters(s):
+    """Step 2: basis functions, turned and widened."""
+    figure = plt.figure(figsize=(8.4, 4.2))
+    figure.text(0.02, 0.94, "rotation: functions at 0°, 90°, 180°, 270°")
+    figure.text(0.55, 0.94, "scale: functions at widths 0.9, 1.27, 1.79")
+    for basis, functions, left in ((s.turned, (1, 6, 9, 12), 0.04), (s.widened, (0, 1, 4, 5), 1.1)):
+        for row, k in enumerate(functions):
+            for g in range(basis.shape[1]):
+                limit = basis[k, g].abs().max()
+                colour = dict(cmap="RdBu", vmin=-limit, vmax=limit)
+                picture(figure, left + 0.24 * g, 0.7 - 0.225 * row, 0.21, basis[k, g], **colour)
+    return figure
+
+
+def tour_equivariance(s):
+    """Step 3: both sides of Eq. (1) for a quarter turn, and an ordinary network, for which they differ."""
+    digit = next(i for i, label in enumerate(s.glyphs.train_labels) if s.data.GLYPHS[label] == "4")
+    x, g = s.x[digit:digit + 1].double(), torch.tensor([1])
+    figure = plt.figure(figsize=(9.2, 4.9))
+    image = picture(figure, 0.03, 0.3, 0.34, x[0, 0], "image $x$")
+    moved = s.group.T(g, x)
+    for name, f, bottom, colour in (("steerable", s.f, 0.53, BLUE), ("ordinary", s.ordinary, 0.04, RED)):
+        f.eval()
+        z = f(x)
+        left, right, fibers = f(moved)[0, :, 0], s.group.view(g, z)[0, :, 0], z[0].flatten(1).T
+        a = picture(figure, 0.5, bottom, 0.38, moved[0, 0], "$T_g\\,x$, $g$ = 90°")
+        b = picture(figure, 0.98, bottom, 0.38, colours(left, fibers), f"{name}: $f(T_g\\,x)$ at 0°", colour)
+        picture(figure, 1.46, bottom, 0.38, colours(right, fibers), "$\\Gamma_g f(x)$ at 0°", colour)
+        arrow(figure, image, a), arrow(figure, a, b, colour)
+        f.train()
+    return figure
+
+
+def tour_views(s):
+    """Step 4: windows of one map and crops of one image, orientations, and the scale axis, which ends."""
+    digit = next(i for i, label in enumerate(s.glyphs.train_labels) if s.data.GLYPHS[label] == "2")
+    x, moves = s.x[digit:digit + 1], {"1": (torch.tensor([[1, 1]]), BLUE), "2": (torch.tensor([[-1, 0]]), RED)}
+    figure = plt.figure(figsize=(10.4, 5.4))
+    whole = picture(figure, 0.05, 0.53, 0.38, x[0, 0], "translation: two windows, distance 2", fontsize=9)
+    whole.set(xticks=torch.arange(3.5, 28, 4), yticks=torch.arange(3.5, 28, 4), xticklabels=[], yticklabels=[])
+    whole.grid(color="white", alpha=0.25)
+    for k, (name, (g, colour)) in enumerate(moves.items()):
+        top, left = ((s.shifts.corner - g[0]) * s.shifts.stride - 0.5).tolist()
+        whole.add_patch(Rectangle((left, top), 16, 16, fill=False, edgecolor=colour, linewidth=2.5))
+        picture(figure, 0.53 + 0.27 * k, 0.59, 0.23, s.crops.T(g, x)[0, 0], f"A-SSL: crop {name}", colour, fontsize=9)
+    for k in range(4):
+        turned = s.group.T(torch.tensor([-k]) % 4, x)[0, 0]                    # as filters turned by k see it
+        title = "G0: 0°" if k == 0 else f"{90 * k}°, read by {360 - 90 * k}°"
+        picture(figure, 0.05 + 0.26 * k, 0.09, 0.22, turned, title, BLUE if k == 0 else None, fontsize=8.5)
+    figure.text(0.03, 0.4, "rotation: what the filters of each orientation see; the view of g reads orientation −g",
+                fontsize=9)
+    axes = figure.add_axes((0.63, 0.1, 0.35, 0.76))
+    for row, g in enumerate((-2, -1, 0, 1, 2)):
+        axes.text(-2.3, -row, f"g = {g}", va="center")
+        for scale in range(-1, 4):
+            exists, is_read = 0 <= scale <= 2, scale == 1 - g
+            if exists or is_read:
+                colour = "white" if not is_read else BLUE if exists else RED
+                axes.add_patch(Rectangle((scale - 0.4, -row - 0.35), 0.8, 0.7, facecolor=colour, edgecolor="black",
+                                         linestyle="-" if exists else "--"))
+    axes.set(xlim=(-2.4, 3.6), ylim=(-4.6, 0.6))
+    axes.axis("off")
+    axes.set_title("scale: the view of g reads scale 1 − g of 0, 1, 2;\nat ±2 the axis has ended (red)", fontsize=9)
+    return figure
+
+
+def tour_training(s):
+    """Step 8: the loss of both methods."""
+    figure, axes = plt.subplots(figsize=(5.6, 3.2))
+    for (name, losses), colour, style, width in zip(s.curves.items(), (RED, BLUE), ("-", "--"), (3.5, 1.5)):
+        axes.plot(range(1, len(losses) + 1), losses, style, color=colour, linewidth=width, label=name)
+    axes.set(xlabel="step", ylabel="NT-Xent, nats")
+    axes.legend()
+    figure.tight_layout()
+    return figure
+
+
+FIGURES = {"idea": idea, "sweeps": sweeps, "losses": losses, "tour": tour}
 
 
 def main():
@@ -152,10 +244,11 @@ def main():
                    help="of the picture (default: experiments/results/figures)")
     args = p.parse_args()
     matplotlib.use("Agg")
-    figure = FIGURES[args.figure](args)
+    drawn = FIGURES[args.figure](args)
     args.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out / f"{args.figure}.png", dpi=110)
-    print(args.out / f"{args.figure}.png")
+    for name, figure in (drawn if isinstance(drawn, dict) else {args.figure: drawn}).items():
+        figure.savefig(args.out / f"{name}.png", dpi=110)
+        print(args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -73,9 +73,9 @@ def train_row(flags, seed, out, args):
     return record
 
 
-def train_table(rows, args):
-    """Train all rows, {row: flags}, for all seeds, and write the JSON file; returns its content. args: tables.parse."""
-    rows = {row: f"{flags} {args.extra}".strip() for row, flags in rows.items()}
+def train_table(args):
+    """Train all rows for all seeds, and write the JSON file; returns its content. args are those of tables.py."""
+    rows = {row: f"{flags} {args.extra}".strip() for row, flags in args.rows.items()}
     for name in {train.parse(shlex.split(flags)).dataset for flags in rows.values()}:
         datasets.load(name, args.data_dir)                                     # download once, not in every run
 

@@ -129,13 +129,13 @@ TRIALS = {
     "glyphs-views": {"4 views": "--device cpu --views 4"},
 }
 
-# name -> a function of the budget, which returns {row: flags of train.py}
+# name -> a function of the budget, which returns {row: flags of train.py}, or {} for a budget without settings
 TABLES = {name: functools.partial(table1, name) for name in GPU}
 TABLES |= {f"{name}-untied": functools.partial(untied, name) for name in GPU}
 TABLES |= {"base-space": functools.partial(sweep, "--base-space", "--max-distance 2"),
            "distance": functools.partial(sweep, "--max-distance", "--base-space 2"),
            "objectives": objectives, "views": views}
-TABLES |= {name: lambda budget, rows=rows: rows for name, rows in TRIALS.items()}
+TABLES |= {name: lambda budget, rows=rows: rows if budget == "cpu" else {} for name, rows in TRIALS.items()}
 
 
 def parse(argv=None):
@@ -152,13 +152,14 @@ def parse(argv=None):
                    help="what starts train.py (default: this Python)")
     p.add_argument("--extra", default="", help='flags of train.py to add to every run, as --extra="--epochs 1"')
     args = p.parse_args(argv)
-    if args.name in TRIALS and args.budget != "cpu":
-        p.error(f"{args.name} is a trial for --budget cpu")
+    args.rows = TABLES[args.name](args.budget)
+    if not args.rows:
+        p.error(f"{args.name} has no settings for --budget {args.budget}")
     return args
 
 
 def main(args):
-    show(train_table(TABLES[args.name](args.budget), args))
+    show(train_table(args))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,10 @@ import data as datasets
 import probe
 import run as runs
 import train
-from helpers import ROOT, train_here
+from helpers import ROOT, SMALL, train_here
 from test_data import write_cifar10, write_tiny_imagenet
 from test_interruption import Harmful
 
-SMALL = "--device cpu --train-images 200 --batch-size 64 --epochs 2 --widths 2 3 4 --probe-epochs 1".split()
 NO_NETWORK = dict(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
 
 # train.py FLAGS: what the message must say
@@ -203,7 +202,7 @@ RUNS = {
         "train.py --out RUN --resume", lambda run: cut(run / "checkpoint.pt", 2000), "checkpoint.pt is damaged"),
     "foreign checkpoint": ("train.py --out RUN --resume", foreign, "not a checkpoint of train.py"),
     "malicious checkpoint": ("train.py --out RUN --resume", malicious, "was not loaded"),
-    "checkpoint of an old version": ("train.py --out RUN --resume", old, "made with --group-size unknown"),
+    "checkpoint of an old version": ("train.py --out RUN --resume", old, "made with no --group-size"),
     "batch of 64 for 3 processes": ("train.py --out RUN/new", lambda run: None, "cannot be shared by 3 processes"),
     "probe without a run": ("probe.py", lambda run: None, "required: run"),
     "probe with an unknown flag": ("probe.py RUN --fast", lambda run: None, "unrecognized"),
@@ -225,9 +224,9 @@ if not torch.cuda.is_available():
     RUNS["probe on a GPU that is not there"] = ("probe.py RUN --device cuda", lambda run: None, "CUDA GPU")
 
 COMMAND_LINES = {
-    "--epoch 3", "--widths 99999 99999 99999", "--views 5", "no data, no network", "Tiny ImageNet with a cut cache",
-    "disk full at a save", "cut checkpoint", "malicious checkpoint", "batch of 64 for 3 processes",
-    "probe without a run", "probe of a malicious checkpoint", "probe with a full disk"}
+    "--epoch 3", "--widths 99999 99999 99999", "--views 5", "Tiny ImageNet with a cut cache", "disk full at a save",
+    "cut checkpoint", "malicious checkpoint", "batch of 64 for 3 processes", "probe without a run",
+    "probe of a malicious checkpoint", "probe with a full disk"}
 glyphs_once = functools.cache(datasets.glyphs)
 
 
@@ -238,7 +237,7 @@ def originals(tmp_path_factory):
     for name, write in (("mnist", mnist), ("cifar10", write_cifar10), ("tiny-imagenet", write_tiny_imagenet)):
         write(folder / name)
     with contextlib.redirect_stdout(io.StringIO()):
-        train_here(folder / "run", "--save-every", "10", "--log-every", "10")
+        train_here(folder / "run")
     return folder
 
 

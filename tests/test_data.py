@@ -44,7 +44,8 @@ def test_batch_is_normalised(glyphs):
     torch.testing.assert_close(batch.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_train_images_limits_the_training_split_only():
+def test_train_images_limits_the_training_split_only(glyphs, monkeypatch):
+    monkeypatch.setattr(data, "glyphs", lambda: glyphs)
     some = data.load("glyphs", "unused", train_images=100)
     assert len(some.train_images) == len(some.train_labels) == 100 and len(some.test_images) == 2_000
     for count in (0, 10_001):

@@ -1,92 +1,137 @@
 """The scripts of experiments/: every run they list is one that train.py takes, results are kept, errors are measured right."""
-import importlib
 import json
+import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import data
+import equivariance
+import probe
+import report
+import run
+import runs
+import tables
 import train
-from hssl import Product, Rotation, Translation
+from hssl import Crops, Rotation, Translation
 from layers import MNISTBackbone, Untied
-from probe import build
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 SMALL = "--train-images 100 --batch-size 50 --epochs 1 --warmup-epochs 0 --probe-epochs 1 --widths 2 2 2"
-SIDES = {"glyphs": (1, 28), "mnist": (1, 28), "cifar10": (3, 32), "tiny-imagenet": (3, 64)}
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module
+def settings(flags):
+    return train.parse([*shlex.split(flags), "--device", "cpu"])
 
 
-def run_lists(script, monkeypatch):
-    """(table, budget, {row: flags}) of every script, as it hands them to runs.main."""
-    found = []
-
-    def keep(doc, experiments, budgets=("paper", "gpu", "cpu")):
-        found.extend((name, budget, rows(budget)) for name, rows in experiments.items() for budget in budgets)
-    monkeypatch.setattr(script("runs"), "main", keep)
-    for path in sorted(EXPERIMENTS.glob("*.py")):
-        if "from runs import main" in path.read_text():
-            exec(compile(path.read_text(), path, "exec"), dict(__name__="__main__", __doc__=""))
-    return found
-
-
-def test_every_listed_run_is_one_that_train_takes(script, monkeypatch):
-    lists = run_lists(script, monkeypatch)
-    assert {name for name, _, _ in lists} >= {"mnist", "cifar10", "tiny-imagenet", "mnist-untied", "base-space", "distance", "objectives", "views", "glyphs"}
-    for name, budget, rows in lists:
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_every_listed_run_is_one_that_train_takes(name, capsys):
+    for budget in tables.BUDGETS:
+        rows = tables.TABLES[name](budget)
+        if name in data.SHAPES and name not in tables.TRIALS and budget != "cpu":
+            assert len(rows) == 12                                             # 3 groups x 4 methods
+        if not rows:
+            assert name in tables.TRIALS and budget != "cpu" or (name, budget) == ("tiny-imagenet-untied", "cpu")
+            with pytest.raises(SystemExit):
+                tables.parse([name, "--budget", budget])
+            assert f"{name} has no settings for --budget {budget}" in capsys.readouterr().err
         for row, flags in rows.items():
-            args = train.parse([*flags.split(), "--device", "cpu"])
-            channels, side = SIDES[args.dataset]
+            args = settings(flags)
             if budget == "paper":
-                assert (args.epochs, args.batch_size, args.temperature) == ({"mnist": 500}.get(args.dataset, 1300), 4096, 0.1), (name, row)
-            args.widths = [1] * len(args.widths)                        # whether the settings fit is not a matter of width
-            encoder, group = build(vars(args), channels, side)
-            assert len(train.allowed_sets(group, args.views, args.max_distance)) > 0, (name, budget, row)
-    table1 = {name: rows for name, budget, rows in lists if budget == "paper" and name in SIDES}
-    assert {len(table1[name]) for name in ("mnist", "cifar10", "tiny-imagenet")} == {12}              # 3 groups x 4 methods
+                epochs = {"mnist": 500}.get(args.dataset, 1300)
+                assert (args.epochs, args.batch_size, args.temperature) == (epochs, 4096, 0.1), row
+            args.widths = [1] * len(args.widths)               # whether the settings fit is not a matter of width
+            encoder, group = run.build(vars(args), *data.SHAPES[args.dataset])
+            if args.views == 2:
+                assert len(train.allowed_pairs(group, args.max_distance)) > 0, row
+            else:
+                assert train.drawn_sets(group, args.views, count=10).shape == (10, args.views), row
 
 
-def test_finished_runs_are_kept(tmp_path):
-    """A table is trained, written with everything that names them, and not trained again; other flags are refused."""
-    def call(*more):
-        return subprocess.run([sys.executable, EXPERIMENTS / "trials.py", "glyphs", "--seeds", "0", "--jobs", "2", "--runs", tmp_path / "runs", "--results", tmp_path,
-                               *more], capture_output=True, text=True, cwd=tmp_path)
-    first = call("--extra", SMALL)
-    assert first.returncode == 0, first.stderr
-    assert first.stderr.count("frozen ") == 4 and "| h-ssl | " in first.stdout
-    runs = json.loads((tmp_path / "glyphs-cpu.json").read_text())["runs"]
-    assert len(runs) == 4 and {"row", "flags", "seed", "commit", "machine", "torch", "seconds", "losses", "top1", "frozen_top1"} <= runs[0].keys()
-    second = call("--extra", SMALL)
-    assert second.returncode == 0 and second.stderr == "" and second.stdout == first.stdout
-    other = call("--extra", SMALL + " --lr 0.2")
-    assert other.returncode == 1 and "other flags" in other.stderr and "Traceback" not in other.stderr
+@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*-*.json")), ids=lambda path: path.stem)
+def test_committed_results_are_of_the_listed_rows(path):
+    """Same settings, however written; but for rows with shifts and another group, whose flag --window is gone."""
+    record = json.loads(path.read_text())
+    rows = tables.TABLES[record["name"]](record["budget"])
+    for r in record["runs"]:
+        assert "--window" in r["flags"] or settings(r["flags"]) == settings(rows[r["row"]]), r["row"]
 
 
-def test_table_1_s_form(script, capsys):
-    runs = [dict(row=f"rotation {m}", flags=f"--dataset mnist --group rotation --method {m}", machine="m", torch="t", commit="c", frozen_top1=50.0, top1=top1)
+def test_finished_runs_are_kept(tmp_path, monkeypatch, capsys, few_glyphs):
+    """A table is trained, written with everything that names its runs, and not trained again; other flags are refused."""
+    monkeypatch.setitem(tables.TABLES, "glyphs", lambda budget: {"h-ssl, small": "--device cpu"})
+
+    def call(extra):
+        tables.main(tables.parse(["glyphs", "--seeds", "0", "--jobs", "2", "--runs", str(tmp_path / "runs"), "--results",
+                                  str(tmp_path), "--extra", extra]))
+        return capsys.readouterr()
+
+    first = call(SMALL)
+    assert first.err.startswith("glyphs-cpu-h-ssl--small-0: frozen ") and "| h-ssl, small | " in first.out
+    (found,) = json.loads((tmp_path / "glyphs-cpu.json").read_text())["runs"]
+    assert {"commit", "machine", "torch", "seconds", "top1", "frozen_top1"} <= found.keys()
+    assert (found["row"], found["flags"], found["seed"]) == ("h-ssl, small", f"--device cpu {SMALL}", 0)
+    assert [step for step, loss in found["losses"]] == [2]
+
+    monkeypatch.setattr(subprocess, "run", None)                               # nothing may be started from here on
+    second = call(SMALL)
+    assert second.err == "" and second.out == first.out
+    with pytest.raises(SystemExit, match="was made with other flags"):
+        call(SMALL + " --lr 0.2")
+
+
+def test_a_failed_run_ends_the_table_with_its_message(tmp_path):
+    launcher = f"""{sys.executable} -c 'import sys; sys.exit("no room for " + sys.argv[1])'"""
+    with pytest.raises(SystemExit, match="(?s)--views 4 --seed 0 .*failed:\nno room for .*train.py"):
+        tables.main(tables.parse(["glyphs-views", "--launcher", launcher, "--runs", str(tmp_path / "runs"), "--results",
+                                  str(tmp_path)]))
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_table_1_s_form(capsys):
+    runs = [dict(row=f"rotation {m}", flags=f"--dataset mnist --group rotation --method {m}", machine="m", torch="t",
+                 commit="c", frozen_top1=50.0, top1=top1)
             for m, values in (("h-ssl", (70, 72)), ("a-ssl", (73, 75))) for top1 in values]
-    script("report").show(dict(name="mnist", budget="cpu", runs=runs))
+    report.show(dict(name="mnist", budget="cpu", runs=runs))
     assert "| 50.00 ± 0.00 | 74.00 ± 1.41 | 71.00 ± 1.41 | not run | −3.00 | 2 |" in capsys.readouterr().out
 
 
-def test_equivariance_error(script):
-    """Zero in every layer where Eq. (1) is exact, about one for an untied network."""
-    errors = script("equivariance_error").errors
+def test_load_run_gives_the_encoder_before_and_after_training(tmp_path, few_glyphs):
+    """Both are classified as well as train.py found them."""
+    run.call(train.main, settings(f"{SMALL} --seed 3 --out {tmp_path}/run"))
+    loaded = runs.load_run(tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert loaded.settings["seed"] == 3 and isinstance(loaded.group, Rotation)
+    for objective, top1 in ((loaded.before, "frozen_top1"), (loaded.after, "top1")):
+        assert probe.probe_as_set(loaded.settings, objective.encoder, loaded.data)["top1"] == found[top1]
+    assert not any(torch.equal(p, q) for p, q in zip(loaded.before.head.parameters(), loaded.after.head.parameters()))
+
+
+@pytest.fixture
+def x():
     torch.manual_seed(0)
-    x, padding = torch.randn(40, 1, 28, 28), dict(widths=(3, 5, 6), kernel_size=5, padding_mode="circular")
-    turns, shifts = Rotation(4), Translation(7, 4, 4, circular=True)
-    for group, f in ((turns, MNISTBackbone("rotation", 4, **padding)), (shifts, MNISTBackbone(**padding)),
-                     (Product(shifts, turns), MNISTBackbone("rotation", 4, **padding))):
-        g = group.elements[torch.randint(1, len(group.elements), (40,))]
-        found = errors(f, group, x, g)
-        assert len(found) == 6 and max(found.values()) < 1e-5, found
-    untied = Untied(MNISTBackbone(widths=(12, 20, 24), kernel_size=5), 4)
-    found = errors(untied, turns, x, turns.elements[torch.randint(1, 4, (40,))])
-    assert len(found) == 6 and min(found.values()) > 0.5, found
+    return torch.randn(10, 1, 28, 28)
+
+
+CIRCULAR = dict(widths=(3, 5, 6), kernel_size=5, padding_mode="circular")
+
+
+@pytest.mark.parametrize("group, f", (
+    (Rotation(4), MNISTBackbone("rotation", 4, **CIRCULAR)),
+    (Translation(7, 4, 4, circular=True), MNISTBackbone(**CIRCULAR)),
+    (Crops(7, 4, 4, circular=True), MNISTBackbone(**CIRCULAR))), ids=lambda v: type(v).__name__)
+def test_no_layer_errs_where_equivariance_is_exact(group, f, x):
+    errors = equivariance.layer_errors(f, group, x)
+    assert len(errors) == 6 and max(errors.values()) < 1e-5, errors
+
+
+def test_shifts_err_by_the_border_alone(x):
+    """With zero padding what leaves the map is lost: a shift of a first layer's features by 8 of 28 pixels loses a part."""
+    errors = equivariance.layer_errors(MNISTBackbone(**CIRCULAR | dict(padding_mode="zeros")), Translation(7, 4, 4), x)
+    assert len(errors) == 6 and all(0.01 < error < 1 for error in errors.values()), errors
+
+
+def test_every_layer_of_an_untied_network_errs(x):
+    errors = equivariance.layer_errors(Untied(MNISTBackbone(widths=(12, 20, 24), kernel_size=5), 4), Rotation(4), x)
+    assert len(errors) == 6 and min(errors.values()) > 0.7, errors
