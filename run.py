@@ -129,7 +129,7 @@ def find_checkpoint(settings):
     changed = [(f"--{name} {before[name]}" if name in before else f"no --{name}").replace("_", "-")
                for name, value in settings.items() if name not in free and before.get(name, before) != value]
     if changed:
-        raise ValueError(f"{out} was made with {', '.join(changed)}: continue it so, or choose another --out")
+        raise ValueError(f"{out} was made with {', '.join(changed)}: take the same flags and version, or another --out")
     return checkpoint
 
 

@@ -19,6 +19,10 @@ def cell(values):
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
+def code(flags):
+    return f"`{flags}`" if flags else ""
+
+
 def split_flags(rows):
     """From {row: flags}, the flags that all rows begin with, and {row: the rest}."""
     flags = {row: [f"--{flag.strip()}" for flag in text.split("--")[1:]] for row, text in rows.items()}
@@ -34,11 +38,11 @@ def split_flags(rows):
 def by_row(runs):
     """A line per row: the frozen and the trained encoder."""
     shared, own = split_flags({r["row"]: r["flags"] for r in runs})
-    lines = [f"`{shared}`", "", "| run | own flags | frozen | trained | trainings |", "| --- " * 5 + "|"]
+    lines = [code(shared), "", "| run | own flags | frozen | trained | trainings |", "| --- " * 5 + "|"]
     for row, flags in own.items():
         of_row = [r for r in runs if r["row"] == row]
         frozen, trained = (cell([r[key] for r in of_row]) for key in ("frozen_top1", "top1"))
-        lines.append(f"| {row} | `{flags}` | {frozen} | {trained} | {len(of_row)} |")
+        lines.append(f"| {row} | {code(flags)} | {frozen} | {trained} | {len(of_row)} |")
     return lines
 
 
@@ -60,7 +64,7 @@ def by_method(runs):
         cells = " | ".join(cell(values) if values else "not run" for values in found)
         gain = statistics.mean(top1[group, "h-ssl"]) - statistics.mean(top1[group, "a-ssl"])
         sign = f"{gain:+.2f}".replace("-", "−")
-        lines.append(f"| {group} | `{own[group]}` | {cells} | {sign} | {len(top1[group, 'h-ssl'])} |")
+        lines.append(f"| {group} | {code(own[group])} | {cells} | {sign} | {len(top1[group, 'h-ssl'])} |")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The scripts of experiments/: every run they list is one that train.py takes, results are kept, errors are measured right."""
+"""experiments/: train.py takes every run that is listed, finished runs are kept, layers' errors are measured right."""
 import json
 import shlex
 import subprocess
@@ -59,12 +59,12 @@ def test_committed_results_are_of_the_listed_rows(path):
 
 
 def test_finished_runs_are_kept(tmp_path, monkeypatch, capsys, few_glyphs):
-    """A table is trained, written with everything that names its runs, and not trained again; other flags are refused."""
+    """A table is trained, written with what identifies its runs, and not trained again; other flags are refused."""
     monkeypatch.setitem(tables.TABLES, "glyphs", lambda budget: {"h-ssl, small": "--device cpu"})
 
     def call(extra):
-        tables.main(tables.parse(["glyphs", "--seeds", "0", "--jobs", "2", "--runs", str(tmp_path / "runs"), "--results",
-                                  str(tmp_path), "--extra", extra]))
+        tables.main(tables.parse(["glyphs", "--seeds", "0", "--jobs", "2", "--runs", str(tmp_path / "runs"),
+                                  "--results", str(tmp_path), "--extra", extra]))
         return capsys.readouterr()
 
     first = call(SMALL)
@@ -127,7 +127,7 @@ def test_no_layer_errs_where_equivariance_is_exact(group, f, x):
 
 
 def test_shifts_err_by_the_border_alone(x):
-    """With zero padding what leaves the map is lost: a shift of a first layer's features by 8 of 28 pixels loses a part."""
+    """With zero padding, what leaves the map is lost."""
     errors = equivariance.layer_errors(MNISTBackbone(**CIRCULAR | dict(padding_mode="zeros")), Translation(7, 4, 4), x)
     assert len(errors) == 6 and all(0.01 < error < 1 for error in errors.values()), errors
 
