@@ -49,6 +49,14 @@ def test_every_step_prints_what_it_says():
             assert close(kind, float(a), float(b), tolerance), message
 
 
+def test_blocks_can_be_pasted():
+    """Python's prompt ends an indented block at an empty line only."""
+    for code, _ in BLOCK.findall(TOUR.read_text()):
+        block = code.replace("\n\n", "\n#\n").splitlines()
+        for line, following in zip(block, block[1:]):
+            assert not (line.startswith("    ") and re.match(r"[a-z]", following)), f"{line}\n{following}"
+
+
 def test_the_comparison_can_fail():
     assert close("", 2.0, 2.0001, 1e-4) and not close("", 2.0, 2.001, 1e-4)
     assert close("", 3e-16, 8e-15, 1e-4) and not close("", 3e-16, 2e-6, 1e-4)
