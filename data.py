@@ -41,8 +41,8 @@ class Dataset:
 def load(name, folder, device="cpu", train_images=None):
     """Load "glyphs" (drawn on the spot), "mnist", "cifar10" or "tiny-imagenet" (downloaded into folder when absent).
 
-    train_images keeps only the first so many training images; the test split stays whole. Raises a ValueError, in one
-    line, for an unknown name, files that cannot be downloaded or read, or too few images.
+    train_images is how many training images to keep, from the first; the test split stays whole. Raises a ValueError,
+    in one line, for an unknown name, files that cannot be downloaded or read, or too few images.
     """
     loaders = {"glyphs": lambda folder: glyphs(), "mnist": mnist, "cifar10": cifar10, "tiny-imagenet": tiny_imagenet}
     if name not in loaders:

@@ -71,7 +71,7 @@ def probe_as_set(settings, encoder, data):
 
 
 def write_result(out, settings, encoder, data, frozen_top1, epoch):
-    """Probe a run's encoder as it is after so many epochs; returns a dict, and writes it to OUT/probe.json."""
+    """Probe a run's encoder, now at the end of an epoch; returns a dict, and writes it to OUT/probe.json."""
     result = probe_as_set(settings, encoder, data)
     result |= dict(frozen_top1=frozen_top1, method=settings["method"], epoch=epoch)
     run.write_whole(Path(out) / "probe.json", json.dumps(result).encode() + b"\n")

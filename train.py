@@ -63,7 +63,8 @@ def parse(argv=None):
         p.add_argument(flag, help=help, default=default, **options)
 
     count, cells, positive = run.number(int, 1), run.number(int, 0), run.number(float, 0, above=True)
-    add("--method", choices=("h-ssl", "a-ssl", "frozen", "supervised"), default="h-ssl", help="what is trained")
+    add("--method", choices=("h-ssl", "a-ssl", "frozen", "supervised"), default="h-ssl",
+        help="views from features, views from images, no training, or labels")
     add("--structure", choices=("group", "none"), default="group", help="none: same activations, untied weights")
     add("--epochs", type=count, help="passes over the training images")
     add("--batch-size", type=run.number(int, 2), help="images per step, over all processes")
@@ -76,7 +77,7 @@ def parse(argv=None):
     add("--temperature", type=positive, help="τ of NT-Xent")
     add("--seed", type=run.number(int, 0), default=0, help="of weights, order of images and views")
     add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
-    add("--train-images", type=run.number(int, 2), help="use only the first so many training images (default: all)")
+    add("--train-images", type=run.number(int, 2), help="use only the first N training images (default: all)")
     add("--out", help="the run's folder (default: runs/DATASET-METHOD-GROUP-SEED)")
     add("--resume", action="store_true", default=False, help="continue the run in --out, if there is one")
     add("--save-every", type=count, default=10, help="epochs between checkpoints")
@@ -101,9 +102,9 @@ def parse(argv=None):
     add("--crop", action="store_true", default=False, help="a-ssl, translation: views are crops, 4 pixels a position")
     add("--base-space", type=count, help="size of G0: positions a side, orientations, or scales")
     add("--max-distance", type=count, help="largest topographic distance of two views (default: no limit)")
-    add("--grid", type=cells, help="average each map of a view to so many cells a side before the head; 0 keeps all")
+    add("--grid", type=cells, help="average each map of a view to N x N cells for the head; 0 keeps all")
     add("--head-widths", type=count, nargs=2, default=[512, 128], metavar="D", help="of the head: hidden, output")
-    add("--probe-grid", type=cells, help="the same as --grid for the detached classifier")
+    add("--probe-grid", type=cells, help="the same for the detached classifier")
     add("--probe-epochs", type=count, default=100, help="of the detached classifier (Adam)")
     add("--probe-lr", type=positive, default=0.01, help="of the detached classifier (Adam)")
     args = p.parse_args(argv)
@@ -139,7 +140,7 @@ class Objective(nn.Module):
 
 
 def make_objective(args, encoder, group, data, total=1):
-    """Put the method's head and loss behind an encoder, on the CPU, before a training of so many steps in total."""
+    """Put the method's head and loss behind an encoder, on the CPU; total is the training's number of steps."""
     with torch.no_grad():                                                      # to learn how wide the features are
         x = torch.zeros(1, *data.train_images.shape[1:])
         z = encoder.eval()(group.T(group.elements[:1], x) if args.crop else x)
@@ -207,8 +208,7 @@ def join_processes(args):
 
 
 def prepare(args, rank, local_rank, world, device):
-    """Everything that bad input can stop, by a ValueError: data, encoder, group, objective, pairs of elements, and what
-    is in the run's folder."""
+    """What bad input can stop, by a ValueError: data, encoder, group, objective, pairs of elements, run's folder."""
     turn = 0 if rank == 0 else 1 if local_rank == 0 else 2                     # who may download, here or elsewhere
     for now in range(3):
         if now == turn:

@@ -33,7 +33,7 @@ def log_of(run):
 
 
 def in_processes(world, function, *arguments):
-    """function(rank, *arguments) in so many processes, which are forked from a server that has imported torch."""
+    """function(rank, *arguments) in `world` processes, forked from a server that has imported torch."""
     mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "torch.nn.parallel"])
     mp.start_processes(_alone, (function, *arguments), nprocs=world, start_method="forkserver")
 
