@@ -4,7 +4,7 @@
 
 reads RUN/checkpoint.pt, which train.py wrote, trains the classifier, writes RUN/probe.json and prints the same.
 
-Letters: N images, B batch, D numbers per representation, C channels, G length of the group axis, H W space.
+Letters: N images, D numbers per representation, C channels, H W space.
 """
 import json
 from pathlib import Path

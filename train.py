@@ -7,7 +7,7 @@
 Exit status: 0 finished, 1 diverged, 2 bad input or no room to save, 128 + signal when SIGTERM or SIGINT stopped it with
 all its steps saved (143, 130).
 
-Letters: B global batch, b batch of this process, C channels, H W space, P pairs of group elements.
+Letters: b images of this process in a step, C channels, H W space, D numbers per projection, P pairs of elements.
 """
 import functools
 import json
