@@ -222,8 +222,7 @@ def epoch_plan(images, choices, seed, epoch):
     """Draw an epoch's order, a permutation of the images (N,), and for each image, by its index in the data set, its
     choice (N,), below P, among the pairs (or larger sets) of views; both int64.
 
-    They depend on (seed, epoch) alone: every process draws the same and takes its share, so their number changes
-    nothing.
+    They depend on (seed, epoch) alone: all processes draw the same, so their number changes nothing.
     """
     rng = np.random.default_rng([seed, epoch])
     return torch.from_numpy(rng.permutation(images)), torch.from_numpy(rng.integers(choices, size=images))

@@ -14,14 +14,12 @@ class LARS(torch.optim.Optimizer):
 
     Parameters with ndim <= 1, biases and the scales of norms, are neither decayed nor adapted: d = g. The rate
     multiplies the momentum, as in PyTorch's SGD and the LARS of MoCo v3 and Barlow Twins. You et al. and SimCLR's
-    TensorFlow code have it inside, m = μ m + lr · d; the two agree while the rate stands still. A step never waits
-    for the GPU.
+    TensorFlow code have it inside, m = μ m + lr · d, which agrees while the rate stands still. No step waits for a
+    GPU.
 
-    Args:
-        params: parameters or parameter groups, as for any torch.optim.Optimizer.
-        lr, momentum, weight_decay, trust_coefficient: lr, μ, λ and η above, plain numbers.
-
-    Raises a ValueError if lr, weight_decay or trust_coefficient is negative, or momentum is outside [0, 1).
+    params are parameters or parameter groups, as for any torch.optim.Optimizer; lr, momentum, weight_decay and
+    trust_coefficient are lr, μ, λ and η above, plain numbers. Raises a ValueError if lr, weight_decay or
+    trust_coefficient is negative, or momentum is outside [0, 1).
     """
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
         if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0 and trust_coefficient >= 0):

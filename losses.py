@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def nt_xent(h1, h2, temperature=0.1):
@@ -111,14 +110,12 @@ def byol(p1, p2, target1, target2):
     return 4 + 4 * simsiam(p1, p2, target1, target2)
 
 
-def averaged_target(online, decay, total):
-    """BYOL's target: a copy of a module, to be moved by target.update_parameters(online) after each of total steps.
+@torch.no_grad()
+def move_target(target, online, decay, step, total):
+    """Let BYOL's target, a copy of the online module, follow it after a step, counted from 0, of total steps.
 
-    It becomes decay · target + (1 - decay) · online, with a decay that rises to 1 along a cosine (Grill et al.,
-    section 3).
+    It becomes decay · target + (1 - decay) · online, the decay rising to 1 along a cosine (Grill et al., section 3),
+    but after the first step a copy.
     """
-    def average(target, online, step):
-        now = 1 - (1 - decay) * (math.cos(math.pi * step.item() / total) + 1) / 2
-        get_ema_multi_avg_fn(now)(target, online, step)
-
-    return AveragedModel(online, multi_avg_fn=average).requires_grad_(False)
+    now = 1 - (1 - decay) * (math.cos(math.pi * step / total) + 1) / 2 if step else 0
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - now)

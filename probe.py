@@ -82,24 +82,24 @@ def parse(argv=None):
     parser = run.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="a run's folder, the --out of train.py")
     parser.add_argument("--data-dir", help="folder of the data sets (default: the run's own)")
-    run.add_device(parser)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is a GPU)")
     return parser.parse_args(argv)
 
 
 def main(args):
-    path = Path(args.run) / "checkpoint.pt"
+    path, device = Path(args.run) / "checkpoint.pt", run.choose_device(args.device)
     try:
         checkpoint = run.load_checkpoint(path)
         with run.fitting(path):
             s = checkpoint["settings"]
-            chosen = s["dataset"], args.data_dir or s["data_dir"], args.device, s["train_images"]
+            chosen = s["dataset"], args.data_dir or s["data_dir"], device, s["train_images"]
         data = datasets.load(*chosen)
     except ValueError as error:
         run.stop(error)
     with run.fitting(path):
         encoder, _ = run.build(s, *data.train_images.shape[1:3])
         encoder.load_state_dict(checkpoint["encoder"])
-    encoder.to(args.device)
+    encoder.to(device)
     print(json.dumps(write_result(args.run, s, encoder, data, checkpoint["frozen_top1"], checkpoint["epoch"])))
 
 

@@ -156,8 +156,8 @@ def write_whole(path, content):
 class Log:
     """log.jsonl of a training, and its line per epoch for people, which in a terminal moves with every logged step.
 
-    Losses stay on the device until a line is due. Only the first process (chief) writes. After a resume, lines later
-    than the checkpoint are dropped and written again.
+    Losses stay on the device until a line is due. Only the first process (chief) writes. A resumed run drops the lines
+    after its checkpoint and writes them again.
     """
     def __init__(self, args, epochs, steps, step, epoch_loss, last_saved, chief):
         self.out, self.every, self.batch_size, self.chief = Path(args.out), args.log_every, args.batch_size, chief
@@ -225,14 +225,15 @@ def number(kind, low, above=False):
     return read
 
 
-def add_device(parser):
-    """Give a parser the flag --device, which refuses cuda where there is none."""
-    def read(text):
-        if text == "cuda" and not torch.cuda.is_available():
-            raise argparse.ArgumentTypeError("cuda needs a CUDA GPU, and PyTorch sees none: use cpu")
-        return text
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=read, choices=("cpu", "cuda"), default=default, help="(default: %(default)s)")
+def choose_device(given):
+    """The device that --device gave, or else a GPU if PyTorch sees one; for cuda without one the program ends."""
+    found, world = "cuda" if torch.cuda.is_available() else "cpu", os.environ.get("WORLD_SIZE", "1")
+    if given == "cuda" and found == "cpu":
+        stop("--device cuda needs a CUDA GPU, and PyTorch sees none: use --device cpu")
+    if given is None and found == "cpu" and world != "1" and os.environ.get("RANK") == "0":
+        print(f"NO GPU FOUND: {world} processes train on the CPU. To use GPUs, check that their driver is as new as "
+              f"CUDA {torch.version.cuda} needs (nvidia-smi); to use the CPU, add --device cpu.", flush=True)
+    return given or found
 
 
 def stop(message, status=2):
@@ -258,13 +259,11 @@ def call(main, args):
 class Signals:
     """In this context SIGTERM and SIGINT are only noted, so that the loop can finish its step and save."""
     def __enter__(self):
-        self.received = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        def note(number, frame):
+            self.received = number
+        self.received, self.before = 0, {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None     # on the CPU: no GPU waits
         return self
-
-    def note(self, number, frame):
-        self.received = number
 
     def received_anywhere(self):
         """The number of a signal that some process received, or 0; all processes learn the same at the same step."""
@@ -278,8 +277,8 @@ class Signals:
         """End all processes after a save, with the status that stands for the signal."""
         if dist.is_initialized():
             dist.barrier()                                                     # nobody leaves before the save
-        name = signal.Signals(number).name
-        stop(f"{name}: saved after step {step}, continue with --resume" if chief else None, 128 + number)
+        saved = f"{signal.Signals(number).name}: saved after step {step}, continue with --resume"
+        stop(saved if chief else None, 128 + number)
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():

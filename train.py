@@ -4,12 +4,11 @@
     torchrun --nproc_per_node=8 train.py --dataset mnist                the paper's configuration
     python train.py --dataset mnist --help                              every setting, with its default for MNIST
 
-Exit status: 0 finished, 1 diverged, 2 bad input or no room to save, 128 + signal when SIGTERM or SIGINT stopped it with
-all its steps saved (143, 130).
+Exit status: 0 finished, 1 diverged, 2 bad input or no room to save, 143 or 130 saved and stopped by SIGTERM or SIGINT.
 
 Letters: b images of this process in a step, C channels, H W space, D numbers per projection, P pairs of elements.
 """
-import functools
+import copy
 import json
 import math
 import os
@@ -28,7 +27,7 @@ import probe
 import run
 from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, drawn_sets, h_ssl_loss, readout
 from lars import LARS
-from losses import Predictor, averaged_target, byol, multi_view_nt_xent, nt_xent, simsiam
+from losses import Predictor, byol, move_target, multi_view_nt_xent, nt_xent, simsiam
 
 # Defaults that depend on data set and group; --help shows all in force. PAPER and its epochs are the paper's, but for
 # the trust coefficient, which it does not state; the README says why the others are what they are.
@@ -42,8 +41,8 @@ DATASETS = {
     "cifar10": PAPER | RESIDUAL | dict(epochs=1300),
     "tiny-imagenet": PAPER | RESIDUAL | dict(epochs=1300, base_space=8),
 }
-GROUPS = {"translation": dict(group_size=1), "rotation": dict(group_size=4, base_space=1),
-          "scale": dict(group_size=3, base_space=1)}
+GROUPS = dict(translation=dict(group_size=1), rotation=dict(group_size=4, base_space=1),
+              scale=dict(group_size=3, base_space=1))
 
 
 def parse(argv=None):
@@ -83,7 +82,7 @@ def parse(argv=None):
     add("--save-every", type=count, default=10, help="epochs between checkpoints")
     add("--log-every", type=count, default=10, help="steps between lines of log.jsonl")
     add("--amp", choices=("float16", "bfloat16", "off"), help="half precision (default: float16 on cuda, off on cpu)")
-    run.add_device(p)
+    add("--device", choices=("cpu", "cuda"), help="where to train (default: cuda if there is a GPU)")
     # The encoder
     add("--backbone", choices=("mnist", "residual"), help="SESN's network for MNIST or for STL-10")
     add("--depth", type=count, default=16, help="layers of the residual network, 6n + 4")
@@ -120,6 +119,7 @@ def parse(argv=None):
             (args.crop and args.structure == "none", "--crop needs a convolutional encoder: drop --structure none")):
         if wrong:
             p.error(message)
+    args.device = run.choose_device(args.device)
     args.amp = args.amp or ("float16" if args.device == "cuda" else "off")
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.group}-{args.seed}"
     return args
@@ -129,7 +129,7 @@ def parse(argv=None):
 class Objective(nn.Module):
     """Encoder, head and loss as one module, so that DistributedDataParallel sees one forward pass per step. others are
     further modules of the loss: SimSiam's and BYOL's predictor, BYOL's target."""
-    def __init__(self, encoder, head, loss, others=(), after_step=lambda: None):
+    def __init__(self, encoder, head, loss, others=(), after_step=lambda step: None):
         super().__init__()
         self.encoder, self.head, self.others = encoder, head, nn.ModuleDict(dict(others))
         self.loss, self.after_step = loss, after_step
@@ -141,10 +141,9 @@ class Objective(nn.Module):
 
 def make_objective(args, encoder, group, data, total=1):
     """Put the method's head and loss behind an encoder, on the CPU; total is the training's number of steps."""
-    with torch.no_grad():                                                      # to learn how wide the features are
-        x = torch.zeros(1, *data.train_images.shape[1:])
-        z = encoder.eval()(group.T(group.elements[:1], x) if args.crop else x)
-    encoder.train()
+    # How wide the features are, from shapes alone: on the meta device nothing is computed.
+    f, x = copy.deepcopy(encoder).to("meta").eval(), torch.zeros(1, *data.train_images.shape[1:], device="meta")
+    z = f(group.T(group.elements[:1].to("meta"), x) if args.crop else x)
     if args.method in ("supervised", "frozen"):
         classifier = nn.Linear(readout(z, args.probe_grid).shape[1], data.classes)
         return Objective(encoder, classifier,
@@ -154,8 +153,7 @@ def make_objective(args, encoder, group, data, total=1):
     (hidden, out), width = args.head_widths, readout(group.base(z), args.grid).shape[1]
     head = ProjectionHead(width, hidden, out, args.grid, norm=args.objective != "nt-xent")
     if args.objective == "nt-xent":
-        loss, others = nt_xent if args.views == 2 else multi_view_nt_xent, {}
-        I = functools.partial(loss, temperature=args.temperature)
+        I, others = lambda *h: (nt_xent if len(h) == 2 else multi_view_nt_xent)(*h, temperature=args.temperature), {}
     else:
         q = Predictor(out, hidden)
         I, others = lambda h1, h2: simsiam(q(h1), q(h2), h1, h2), dict(predictor=q)
@@ -163,13 +161,14 @@ def make_objective(args, encoder, group, data, total=1):
         return Objective(encoder, head, lambda f, h, x, *g: ssl_loss(f, h, I, group, x, *g), others)
 
     online = nn.ModuleList([encoder, head])
-    others["target"] = target = averaged_target(online, args.target_decay, total)
+    others["target"] = target = copy.deepcopy(online).requires_grad_(False)
 
     def byol_loss(f, h, x, *g):
         with torch.no_grad():
-            t1, t2 = ssl_loss(*target.module, lambda *views: views, group, x, *g)                    # (b, D) each
+            t1, t2 = ssl_loss(*target, lambda *views: views, group, x, *g)                    # (b, D) each
         return ssl_loss(f, h, lambda h1, h2: byol(q(h1), q(h2), t1, t2), group, x, *g)
-    return Objective(encoder, head, byol_loss, others, after_step=lambda: target.update_parameters(online))
+    return Objective(encoder, head, byol_loss, others,
+                     after_step=lambda step: move_target(target, online, args.target_decay, step, total))
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -186,8 +185,8 @@ def steps_per_epoch(args, data):
 
 def join_processes(args):
     """One process under python, several under torchrun; returns rank, rank on this machine, their number, device."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    defaults = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
+    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in defaults.items())
     if args.batch_size % world:
         run.stop(f"--batch-size {args.batch_size} cannot be shared by {world} processes: take a multiple of {world}")
     cuda, device = args.device == "cuda", torch.device(args.device)
@@ -197,6 +196,8 @@ def join_processes(args):
                      "processes, or take --device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    if args.amp == "off":
+        torch.backends.fp32_precision = "ieee"                                 # or GPUs would convolve in TF32
     if "RANK" in os.environ:
         # After a restart torchrun's store still holds the addresses of the processes before (pytorch issue 135712). The
         # processes of one machine count restarts alike, which tells them apart; for several see experiments/README.md.
@@ -204,6 +205,9 @@ def join_processes(args):
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
                                 device_id=device if cuda else None)
+    if rank == 0:
+        name = torch.cuda.get_device_name(device) if cuda else "CPU"
+        print(f"{name}: {world} x {args.batch_size // world} images a step, half precision {args.amp}", flush=True)
     return rank, local_rank, world, device
 
 
@@ -234,6 +238,17 @@ def prepare(args, rank, local_rank, world, device):
     return data, group, objective, pairs, checkpoint[0]
 
 
+def frozen_accuracy(args, encoder, data, chief):
+    """The yardstick: batch norm sees the training images once, then the detached classifier, by the chief alone."""
+    index = torch.arange(len(data.train_images), device=data.train_images.device)
+    chunks = index.tensor_split(math.ceil(len(index) / 1000))                  # no chunk of one image
+    update_bn((data.batch(data.train_images, i) for i in chunks), encoder)
+    if chief:
+        top1 = probe.probe_as_set(vars(args), encoder, data)["top1"]
+        print(f"frozen encoder: top-1 {top1:.2f} %", flush=True)
+        return top1
+
+
 def main(args):
     rank, local_rank, world, device = join_processes(args)
     chief, cuda = rank == 0, device.type == "cuda"
@@ -246,14 +261,7 @@ def main(args):
         run.stop("--sigma, --scale-step and --group-size give filters beyond floating point: take smaller ones")
     encoder, path, images = objective.encoder, Path(args.out) / "checkpoint.pt", len(data.train_images)
 
-    # ---- the frozen encoder: batch norm sees the training images once, then the detached classifier
-    frozen_top1 = checkpoint["frozen_top1"] if checkpoint else None
-    if not checkpoint:
-        chunks = torch.arange(images, device=device).tensor_split(math.ceil(images / 1000))
-        update_bn((data.batch(data.train_images, i) for i in chunks), encoder)
-        if chief:
-            frozen_top1 = probe.probe_as_set(vars(args), encoder, data)["top1"]
-            print(f"frozen encoder: top-1 {frozen_top1:.2f} %", flush=True)
+    frozen_top1 = checkpoint["frozen_top1"] if checkpoint else frozen_accuracy(args, encoder, data, chief)
 
     # ---- processes, optimizer, schedule, half precision
     model = objective
@@ -308,7 +316,7 @@ def main(args):
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
-                objective.after_step()                                         # BYOL's target follows
+                objective.after_step(step)                                     # BYOL's target follows
                 overflows += scaler.get_scale() < scale                        # the scaler left this step out
                 step += 1
 

@@ -29,8 +29,6 @@ def flags_of(script):
     """The flags that a script's command line takes, from its source and what it takes over from others."""
     text = (ROOT / script).read_text()
     found = set(re.findall(r'add(?:_argument)?\("(--[a-z0-9-]+)"', text)) | {"--help"}
-    if "run.add_device(" in text:
-        found.add("--device")
     if "runs" in re.findall(r"^(?:import|from) (\w+)", text, re.M) and "main(__doc__" in text:
         found |= flags_of("experiments/runs.py")
     return found

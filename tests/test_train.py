@@ -11,6 +11,7 @@ from torch import nn
 
 import data
 import layers
+import losses
 import probe
 import run
 import train
@@ -23,7 +24,8 @@ def test_train_then_probe(tmp_path, capsys):
     train_here(folder)
     printed = capsys.readouterr().out
     lines = printed.splitlines()
-    assert lines[0].startswith("frozen encoder: top-1 ") and lines[1].startswith("epoch 1/2 ") and "left" in lines[1]
+    assert lines[0] == "CPU: 1 x 64 images a step, half precision off"
+    assert lines[1].startswith("frozen encoder: top-1 ") and lines[2].startswith("epoch 1/2 ") and "left" in lines[2]
     assert "\r" not in printed and lines[-1].startswith("top-1 on 2000 test images: frozen ") and "h-ssl" in lines[-1]
     config = json.loads((folder / "config.json").read_text())
     assert config["group"] == "rotation" and config["torch"] == torch.__version__
@@ -109,10 +111,46 @@ def test_byol_s_target_is_the_average_of_the_weights(few_glyphs):
         with torch.no_grad():
             for p in online.parameters():
                 p.add_(torch.randn_like(p))
-        objective.after_step()
+        objective.after_step(step)
         decay = 1 - (1 - 0.9) * (math.cos(math.pi * step / 5) + 1) / 2 if step else 0
         for old, average, p in zip(before, target.parameters(), online.parameters(), strict=True):
             torch.testing.assert_close(average, decay * old + (1 - decay) * p.data)
+
+
+def test_byol_s_target_never_waits_for_the_device():
+    """On the meta device a tensor has no value, so a read (item, if, float) would fail."""
+    online, target = (nn.Linear(3, 4, device="meta") for _ in range(2))
+    for step in range(3):
+        losses.move_target(target, online, 0.9, step, total=3)
+
+
+@pytest.mark.parametrize("flags", ("", "--group translation --method a-ssl --crop", "--method supervised"))
+def test_the_head_s_width_comes_from_shapes_alone(flags, few_glyphs):
+    """Nothing is computed: a copy of the encoder without values is called, and the encoder itself stays as it was."""
+    args, seen = train.parse(f"--widths 2 3 4 {flags}".split()), []
+    encoder, group = run.build(vars(args), 1, 28)
+    encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].device.type))
+    objective = train.make_objective(args, encoder, group, data.load("glyphs", "unused", train_images=8))
+    assert seen == ["meta"] and objective.encoder is encoder and encoder.training
+    assert not any(p.is_meta for p in objective.parameters())
+
+
+def test_without_a_gpu_several_processes_say_so(monkeypatch, capsys):
+    """Once, by the first process, unless --device says that the CPU is meant."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for world, rank, given, expected in (("8", "0", None, True), ("8", "1", None, False), ("8", "0", "cpu", False),
+                                         ("1", "0", None, False)):
+        monkeypatch.setenv("WORLD_SIZE", world), monkeypatch.setenv("RANK", rank)
+        assert run.choose_device(given) == "cpu"
+        assert ("NO GPU FOUND: 8 processes" in capsys.readouterr().out) is expected
+
+
+@pytest.mark.parametrize("amp, precision", (("off", "ieee"), ("bfloat16", "none")))
+def test_amp_off_means_float32(amp, precision, monkeypatch):
+    """Not TF32, in which PyTorch lets GPUs convolve."""
+    monkeypatch.setattr(torch.backends, "fp32_precision", "none")
+    train.join_processes(train.parse(["--device", "cpu", "--amp", amp]))
+    assert torch.backends.fp32_precision == precision
 
 
 def test_byol_resumes_exactly(few_glyphs, tmp_path, monkeypatch):
@@ -128,7 +166,7 @@ def test_byol_resumes_exactly(few_glyphs, tmp_path, monkeypatch):
     straight = train_here(tmp_path / "straight", "--objective", "byol")
     resumed = train_here(tmp_path / "resumed", "--objective", "byol", "--resume")
     assert len(log_of(tmp_path / "resumed")) == 3 and straight["step"] == resumed["step"] == 6
-    assert "target.n_averaged" in straight["others"] and "predictor.0.weight" in straight["others"]
+    assert "target.1.0.weight" in straight["others"] and "predictor.0.weight" in straight["others"]
     for part in ("encoder", "head", "others"):
         assert all(torch.equal(value, resumed[part][name]) for name, value in straight[part].items())
 
