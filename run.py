@@ -28,6 +28,8 @@ import torch.distributed as dist
 from hssl import Crops, Rotation, Scale, Translation
 from layers import DenseBackbone, MNISTBackbone, ResidualBackbone, Untied
 
+PATIENCE = datetime.timedelta(days=1)      # with a chief that downloads or classifies; NCCL alone waits 10 minutes
+
 
 def build(settings, channels, side):
     """Make the encoder, and the group that moves its features, from the flags of train.py (a dict), for images of C =
@@ -262,11 +264,11 @@ class Signals:
         def note(number, frame):
             self.received = number
         self.received, self.before = 0, {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None     # on the CPU: no GPU waits
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
         return self
 
     def received_anywhere(self):
-        """The number of a signal that some process received, or 0; all processes learn the same at the same step."""
+        """The number of a signal that any process received, or 0, the same for all; on the CPU, so no GPU waits."""
         if self.group is None:
             return self.received
         received = torch.tensor(self.received)

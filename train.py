@@ -179,10 +179,6 @@ def schedule(step, warmup, total):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def steps_per_epoch(args, data):
-    return max(1, len(data.train_images) // args.batch_size)                   # a last, incomplete batch is left out
-
-
 def join_processes(args):
     """One process under python, several under torchrun; returns rank, rank on this machine, their number, device."""
     defaults = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
@@ -204,7 +200,7 @@ def join_processes(args):
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
-                                device_id=device if cuda else None)
+                                timeout=run.PATIENCE, device_id=device if cuda else None)
     if rank == 0:
         name = torch.cuda.get_device_name(device) if cuda else "CPU"
         print(f"{name}: {world} x {args.batch_size // world} images a step, half precision {args.amp}", flush=True)
@@ -225,7 +221,8 @@ def prepare(args, rank, local_rank, world, device):
     encoder, group = run.build(vars(args), channels, side)
     if max(args.grid, args.probe_grid) > side // encoder.stride:
         raise ValueError(f"--grid and --probe-grid must be at most {side // encoder.stride}, the feature map's side")
-    objective = make_objective(args, encoder, group, data, args.epochs * steps_per_epoch(args, data)).to(device)
+    steps = max(1, len(data.train_images) // args.batch_size)                  # a last, incomplete batch is left out
+    objective = make_objective(args, encoder, group, data, args.epochs * steps).to(device)
     pairs = allowed_pairs(group, args.max_distance) if args.views == 2 else drawn_sets(group, args.views)       # (P, 2)
 
     checkpoint = [run.find_checkpoint(vars(args)) if rank == 0 else None]
@@ -235,7 +232,7 @@ def prepare(args, rank, local_rank, world, device):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         config = json.dumps(vars(args) | dict(torch=torch.__version__, processes=world))
         run.write_whole(Path(args.out) / "config.json", config.encode() + b"\n")
-    return data, group, objective, pairs, checkpoint[0]
+    return data, group, objective, pairs, steps, checkpoint[0]
 
 
 def frozen_accuracy(args, encoder, data, chief):
@@ -254,7 +251,7 @@ def main(args):
     chief, cuda = rank == 0, device.type == "cuda"
     torch.manual_seed(args.seed)
     try:
-        data, group, objective, pairs, checkpoint = prepare(args, rank, local_rank, world, device)
+        data, group, objective, pairs, steps, checkpoint = prepare(args, rank, local_rank, world, device)
     except ValueError as error:
         run.stop(error)
     except OverflowError:
@@ -268,7 +265,7 @@ def main(args):
     if dist.is_initialized():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
         model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None)
-    epochs, steps = 0 if args.method == "frozen" else args.epochs, steps_per_epoch(args, data)
+    epochs = 0 if args.method == "frozen" else args.epochs
     warmup, peak = round(args.warmup_epochs * steps), args.lr * (args.batch_size / 256 if args.lr_per_256 else 1)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = LARS(trained, peak, args.momentum, args.weight_decay, args.trust_coefficient)
@@ -329,13 +326,14 @@ def main(args):
     if step != log.last_saved:
         save()
 
-    # ---- the detached classifier on the trained encoder
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    # ---- the detached classifier on the trained encoder; all stay, for torchrun ends what outlasts the others
     if chief:
         result = probe.write_result(args.out, vars(args), encoder, data, frozen_top1, epochs)
         print(f"top-1 on {result['test_images']} test images: frozen {frozen_top1:.2f} %, "
               f"{args.method} {result['top1']:.2f} %")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

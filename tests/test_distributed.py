@@ -1,10 +1,13 @@
 """What the number of processes must not change: the batches, the views, the log, and the gradient."""
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import data
+import probe
 import run
 import train
 from helpers import SMALL, draw_few_glyphs, free_port, in_processes, like_torchrun, log_of, train_here
@@ -30,8 +33,11 @@ def record_run(folder, rank, world, method):
     with pytest.MonkeyPatch.context() as patch:
         draw_few_glyphs(patch)
         patch.setattr(train, name, watched)
+        classify = probe.write_result
+        patch.setattr(probe, "write_result", lambda *arguments: time.sleep(world > 1) or classify(*arguments))
         train_here(folder / f"{method}-{world}", "--method", method, "--lr", "1e-9")
     torch.save(seen, folder / f"{method}-{world}-{rank}.pt")
+    (folder / f"{method}-{world}-{rank}.left").write_text(str((folder / f"{method}-{world}" / "probe.json").exists()))
 
 
 def gradient(flags, rank=0, world=1):
@@ -117,3 +123,11 @@ def test_gradients_are_those_of_one_process(flags, world, folder):
         assert found.keys() == expected.keys()
         for name in expected:
             assert (found[name] - expected[name]).norm() < 1e-12 * size, name
+
+
+@pytest.mark.parametrize("world", (2, 4))
+def test_no_process_leaves_before_the_classifier_is_done(world, folder):
+    """torchrun ends a job some minutes after its first process has left: main returns once probe.json is there."""
+    for method in ("h-ssl", "a-ssl"):
+        left = [(folder / f"{method}-{world}-{rank}.left").read_text() for rank in range(world)]
+        assert left == ["True"] * world
