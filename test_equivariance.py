@@ -278,9 +278,10 @@ def test_scale_basis_is_sesn_s(size, effective_size):
 
 @pytest.mark.parametrize("orientations", (4, 8, 5))
 def test_turned_basis_is_the_linear_combination_that_steering_gives(orientations):
-    """ψ_θ = Σ_j A_j(θ) ψ_j: a turned He_n(x) He_m(y) e^(-r²/2) mixes those of the same n + m, as ∂ⁿ_x ∂ᵐ_y does.
+    """ψ_θ = Σ_j A_j(θ) ψ_j: a turned He_n(x) He_m(y) e^(-r²/2) mixes those of the same n + m.
 
-    It equals (-1)^(n+m) ∂ⁿ_x ∂ᵐ_y e^(-r²/2), and turning it turns the derivatives: (c ∂_x + s ∂_y)ⁿ (c ∂_y - s ∂_x)ᵐ.
+    For it equals (-1)^(n+m) ∂ⁿ_x ∂ᵐ_y e^(-r²/2), and turning it turns the derivatives:
+    (c ∂_x + s ∂_y)ⁿ (c ∂_y - s ∂_x)ᵐ.
     """
     orders, sigma = hermite_orders("rotation", 3), 0.9
     basis = steerable_basis("rotation", orientations, 7, 3, sigma)
@@ -290,7 +291,7 @@ def test_turned_basis_is_the_linear_combination_that_steering_gives(orientations
     for k in range(orientations):
         angle = torch.tensor(2 * torch.pi * k / orientations)
         c, s = angle.cos().item(), angle.sin().item()
-        # Rows point down: u = c x - s y and v = s x + c y, so that ∂_u = c ∂_x - s ∂_y and ∂_v = s ∂_x + c ∂_y.
+        # Rows point down: u = c x - s y and v = s x + c y, so ∂_u = c ∂_x - s ∂_y and ∂_v = s ∂_x + c ∂_y.
         for j, (n, m) in enumerate(orders):
             polynomial = {(0, 0): 1.0}
             for factor in [{(1, 0): c, (0, 1): -s}] * n + [{(1, 0): s, (0, 1): c}] * m:

@@ -48,7 +48,7 @@ def training_step(dataset, flags, device):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        objective.after_step()
+        objective.after_step(0)
 
     ready = batch()
     return lambda: step(*batch()), lambda: step(*ready), args.batch_size

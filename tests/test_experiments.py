@@ -9,6 +9,7 @@ import torch
 
 import data
 import equivariance
+import measure
 import probe
 import report
 import run
@@ -95,6 +96,19 @@ def test_table_1_s_form(capsys):
             for m, values in (("h-ssl", (70, 72)), ("a-ssl", (73, 75))) for top1 in values]
     report.show(dict(name="mnist", budget="cpu", runs=runs))
     assert "| 50.00 ± 0.00 | 74.00 ± 1.41 | 71.00 ± 1.41 | not run | −3.00 | 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ("--method a-ssl", "--objective byol", "--views 3"))
+def test_the_benchmark_s_step_trains(flags, monkeypatch):
+    """Each of its two forms moves the encoder's weights."""
+    made, make = [], train.make_objective
+    monkeypatch.setattr(train, "make_objective", lambda *arguments: made.append(make(*arguments)) or made[0])
+    *steps, images = measure.training_step("glyphs", f"--batch-size 8 --widths 2 3 4 {flags}", "cpu")
+    assert images == 8
+    for step in steps:
+        before = [p.clone() for p in made[0].encoder.parameters()]
+        step()
+        assert not all(torch.equal(a, b) for a, b in zip(before, made[0].encoder.parameters(), strict=True))
 
 
 def test_load_run_gives_the_encoder_before_and_after_training(tmp_path, few_glyphs):
