@@ -29,9 +29,9 @@ def probe(encoder, data, grid=2, epochs=100, lr=0.01, batch_size=1000, seed=0):
 
     The representations are computed once, standardised by the training split's mean and deviation (which only eases the
     training), and classified by one linear layer, by Adam with a cosine schedule: the paper states no optimizer.
-    Returns
-    a dict: top1 and train_top1 in percent, test_images, train_images, dimensions (D). Raises an AssertionError if a
-    parameter or a batch-norm buffer of the encoder moved.
+
+    Returns a dict: top1 and train_top1 in percent, test_images, train_images, dimensions (D). Raises an AssertionError
+    if a parameter or a batch-norm buffer of the encoder moved.
     """
     before, was_training = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}, encoder.training
     encoder.eval()
@@ -64,9 +64,8 @@ def probe(encoder, data, grid=2, epochs=100, lr=0.01, batch_size=1000, seed=0):
                 dimensions=x.shape[1])
 
 
-def probe_as_set(settings, encoder, data):
-    """`probe` with a run's own settings, a dict as for `run.build`."""
-    s = settings
+def probe_as_set(s, encoder, data):
+    """`probe` with a run's own settings s, a dict as for `run.build`."""
     return probe(encoder, data, s["probe_grid"], s["probe_epochs"], s["probe_lr"], seed=s["seed"])
 
 

@@ -129,7 +129,7 @@ def find_checkpoint(settings):
     checkpoint = load_checkpoint(out / "checkpoint.pt")
     before = checkpoint["settings"]
     changed = [(f"--{name} {before[name]}" if name in before else f"no --{name}").replace("_", "-")
-               for name, value in settings.items() if name not in free and before.get(name, before) != value]
+               for name, now in settings.items() if name not in free and (name not in before or before[name] != now)]
     if changed:
         raise ValueError(f"{out} was made with {', '.join(changed)}: take the same flags and version, or another --out")
     return checkpoint

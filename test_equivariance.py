@@ -105,16 +105,10 @@ def assert_same_loss_and_gradients(f, h, I, group, x, *g):
         assert (a - b).norm() < TOLERANCE * whole, (elements, ((a - b).norm() / whole).item())
 
 
-class Head(nn.Sequential):
-    """h: a view's readout through two linear layers."""
-
-    def __init__(self, group, f, grid):
-        width = readout(group.base(f(torch.randn(2, 1, SIDE, SIDE))), grid).shape[1]
-        super().__init__(nn.Linear(width, 16), nn.ReLU(), nn.Linear(16, 8))
-        self.grid = grid
-
-    def forward(self, view):
-        return super().forward(readout(view, self.grid))
+def head_for(group, f, grid):
+    """A small h for the views of f."""
+    width = readout(group.base(f(torch.randn(2, 1, SIDE, SIDE))), grid).shape[1]
+    return ProjectionHead(width, 16, 8, grid)
 
 
 @exact
@@ -122,7 +116,7 @@ class Head(nn.Sequential):
 def test_losses_and_gradients_are_equal_for_every_pair(backbone, group, grid):
     """L_A = L_H with equal gradients, for every relative element g1⁻¹ g2, and for different ones within a batch."""
     f = make(backbone)
-    h, x = Head(group, f, grid), torch.randn(BATCH, 1, SIDE, SIDE)
+    h, x = head_for(group, f, grid), torch.randn(BATCH, 1, SIDE, SIDE)
     pairs = allowed_pairs(group)
     identity = (group.elements.reshape(len(group.elements), -1) == 0).all(1).nonzero().item()
     from_identity = pairs[pairs[:, 0] == identity]
@@ -184,7 +178,7 @@ def test_an_ordinary_convolution_fails(group_size):
 
     errors = equivariance_error(f, group, x, group.elements[1:])
     assert errors.min() > 0.5, errors
-    h = Head(group, f, 0)
+    h = head_for(group, f, 0)
     g1, g2 = torch.tensor([0, 1, 2, 3]), torch.tensor([1, 3, 0, 2])
     loss_a, loss_h = (loss(f, h, nt_xent, group, x, g1, g2).item() for loss in (a_ssl_loss, h_ssl_loss))
     assert abs(loss_a - loss_h) > 1e-3 * loss_a, (loss_a, loss_h)

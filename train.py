@@ -153,7 +153,8 @@ def make_objective(args, encoder, group, data, total=1):
     (hidden, out), width = args.head_widths, readout(group.base(z), args.grid).shape[1]
     head = ProjectionHead(width, hidden, out, args.grid, norm=args.objective != "nt-xent")
     if args.objective == "nt-xent":
-        I, others = lambda *h: (nt_xent if len(h) == 2 else multi_view_nt_xent)(*h, temperature=args.temperature), {}
+        loss = nt_xent if args.views == 2 else multi_view_nt_xent
+        I, others = lambda *h: loss(*h, temperature=args.temperature), {}
     else:
         q = Predictor(out, hidden)
         I, others = lambda h1, h2: simsiam(q(h1), q(h2), h1, h2), dict(predictor=q)
@@ -257,7 +258,6 @@ def main(args):
     except OverflowError:
         run.stop("--sigma, --scale-step and --group-size give filters beyond floating point: take smaller ones")
     encoder, path, images = objective.encoder, Path(args.out) / "checkpoint.pt", len(data.train_images)
-
     frozen_top1 = checkpoint["frozen_top1"] if checkpoint else frozen_accuracy(args, encoder, data, chief)
 
     # ---- processes, optimizer, schedule, half precision
