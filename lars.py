@@ -14,8 +14,10 @@ class LARS(torch.optim.Optimizer):
 
     Parameters with ndim <= 1, biases and the scales of norms, are neither decayed nor adapted: d = g. The rate
     multiplies the momentum, as in PyTorch's SGD and the LARS of MoCo v3 and Barlow Twins. You et al. and SimCLR's
-    TensorFlow code have it inside, m = μ m + lr · d, which agrees while the rate stands still. No step waits for a
-    GPU.
+    TensorFlow code have it inside, m = μ m + lr · d, which agrees while the rate stands still.
+
+    No step waits for a GPU, nor does torch.amp.GradScaler for this class: it hands over its scale and whether a
+    gradient overflowed as tensors, and a step with an overflow leaves weights and momentum as they were.
 
     params are parameters or parameter groups, as for any torch.optim.Optimizer; lr, momentum, weight_decay and
     trust_coefficient are lr, μ, λ and η above, plain numbers. Raises a ValueError if lr, weight_decay or
@@ -28,6 +30,8 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
                                       trust_coefficient=trust_coefficient))
 
+    _step_supports_amp_scaling = True      # makes GradScaler set grad_scale and found_inf while it calls step
+
     @torch.no_grad()
     def step(self, closure=None):
         """Take one step. closure, if given, recomputes the loss and is called first; its value is returned."""
@@ -35,6 +39,7 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             weights = [w for w in group["params"] if w.grad is not None and w.ndim > 1]
             vectors = [w for w in group["params"] if w.grad is not None and w.ndim <= 1]
@@ -44,15 +49,23 @@ class LARS(torch.optim.Optimizer):
                 if "momentum" not in self.state[w]:
                     self.state[w]["momentum"] = torch.zeros_like(w)
             m = [self.state[w]["momentum"] for w in weights + vectors]
+            g = [w.grad for w in weights + vectors]
+            if scale is not None:
+                g = torch._foreach_div(g, scale)
+            changed = weights + vectors + m
+            before = [t.clone() for t in changed] if found_inf is not None else []
+
             torch._foreach_mul_(m, group["momentum"])
             if weights:
-                d = torch._foreach_add([w.grad for w in weights], weights, alpha=group["weight_decay"])
+                d = torch._foreach_add(g[:len(weights)], weights, alpha=group["weight_decay"])
                 w_norm, d_norm = norms(weights), norms(d)
                 ratio = torch.where((w_norm > 0) & (d_norm > 0), group["trust_coefficient"] * w_norm / d_norm, 1.0)
                 torch._foreach_addcmul_(m[:len(weights)], d, list(ratio.unbind()))
             if vectors:
-                torch._foreach_add_(m[len(weights):], [w.grad for w in vectors])
+                torch._foreach_add_(m[len(weights):], g[len(weights):])
             torch._foreach_add_(weights + vectors, m, alpha=-group["lr"])
+            for now, old in zip(changed, before):
+                now.copy_(torch.where(found_inf > 0, old, now))                # an overflow: no step, and nobody asks
         return loss
 
 

@@ -8,11 +8,13 @@ Letters: B batch, C channels, G length of the group axis, H W space, K basis fun
 k kernel side. Features are (B, C, G, H, W). In memory G comes before C, so that folding G into the batch (pooling,
 norms) or the channels (convolutions) copies nothing; only `Untied` returns another order.
 """
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------- the fixed basis
@@ -233,6 +235,27 @@ class ResidualBlock(nn.Module):
         return x + self.second(self.between(self.first(y)))
 
 
+class CheckpointedBlock(ResidualBlock):
+    """The same block for less memory: only its input is kept, and the backward pass computes the rest once more."""
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False,
+                          context_fn=lambda: (contextlib.nullcontext(), statistics_kept(self)))
+
+
+@contextlib.contextmanager
+def statistics_kept(module):
+    """In this context batch norms use the batch's statistics as ever, but do not count them towards the running ones:
+    in the second of two passes over one batch."""
+    norms = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
 class ResidualBackbone(Backbone):
     """SESN's wide residual network for STL-10 without its classifier, for any of the groups.
 
@@ -241,10 +264,12 @@ class ResidualBackbone(Backbone):
 
     Args:
         widths: channels of the lifting layer and of the three stages; SESN has 16, 128, 256, 512.
-        depth: 6n + 4; SESN has 16. The others are as for `MNISTBackbone`.
+        depth: 6n + 4; SESN has 16.
+        checkpoint_activations: build the blocks as `CheckpointedBlock`. The others are as for `MNISTBackbone`.
     """
     def __init__(self, group="translation", group_size=1, widths=(16, 128, 256, 512), in_channels=3, kernel_size=7,
-                 effective_size=3, sigma=0.9, scale_step=1.41, extent=None, padding_mode="zeros", depth=16):
+                 effective_size=3, sigma=0.9, scale_step=1.41, extent=None, padding_mode="zeros", depth=16,
+                 checkpoint_activations=False):
         basis = steerable_basis(group, group_size, kernel_size, effective_size, sigma, scale_step)
         check_widths(widths, 4)
         if depth < 10 or depth % 6 != 4:
@@ -255,11 +280,12 @@ class ResidualBackbone(Backbone):
         def convolution(channels, out_channels):
             return GroupConv2d(channels, out_channels, basis, extent, group == "rotation", padding_mode, bias=False)
 
+        kind = CheckpointedBlock if checkpoint_activations else ResidualBlock
         layers = [LiftingConv2d(in_channels, widths[0], basis, padding_mode=padding_mode, bias=False)]
         for stage in range(3):
             for block in range((depth - 4) // 6):
                 channels = widths[stage + (block > 0)]
-                layers.append(ResidualBlock(channels, widths[stage + 1], stage > 0 and block == 0, convolution))
+                layers.append(kind(channels, widths[stage + 1], stage > 0 and block == 0, convolution))
         super().__init__(*layers, PerElement(nn.BatchNorm2d(widths[3]), nn.ReLU()))
         for module in self.modules():                                                                # as SESN does
             if isinstance(module, (SteerableConv2d, nn.Conv2d)):
@@ -271,8 +297,7 @@ class Untied(nn.Module):
     """An ordinary network with a lifted one's activations, but no weight shared along the group.
 
     network is a backbone for translation with G times the channels: (B, C_in, H, W) -> (B, G·C, 1, H', W'). Its
-    channels,
-    which have no order, are then called G orientations or scales of C channels: (B, C, G, H', W').
+    channels, which have no order, are then called G orientations or scales of C channels: (B, C, G, H', W').
     """
     def __init__(self, network, group_size):
         super().__init__()

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import data as datasets
@@ -18,26 +19,38 @@ from hssl import readout
 
 
 @torch.no_grad()
-def extract(encoder, data, images, grid, batch_size=1000):
-    """Represent images (N, C, H, W) uint8 by all maps of an encoder, averaged to grid x grid: (N, D) float32."""
-    index = torch.arange(len(images), device=images.device)
-    return torch.cat([readout(encoder(data.batch(images, i)), grid).float() for i in index.split(batch_size)])
+def extract(encoder, data, images, grid, amp="off", batch_size=1000):
+    """Represent images (N, C, H, W) uint8 by all maps of an encoder, averaged to grid x grid: (N, D) float32.
+
+    amp: the encoder's precision, as for `--amp`. Several processes take an equal share each, and all get the whole.
+    """
+    n, world = len(images), dist.get_world_size() if dist.is_initialized() else 1
+    share = -(-n // world)                                                     # rounded up: the last few come twice
+    index = torch.arange(share, device=images.device) + share * (dist.get_rank() if world > 1 else 0)
+    with run.precision(images.device, amp):
+        own = torch.cat([readout(encoder(data.batch(images, i % n)), grid).float() for i in index.split(batch_size)])
+    if world == 1:
+        return own
+    whole = own.new_empty(world * share, own.shape[1])
+    dist.all_gather_into_tensor(whole, own)
+    return whole[:n]
 
 
-def probe(encoder, data, grid=2, epochs=100, lr=0.01, batch_size=1000, seed=0):
+def probe(encoder, data, grid=2, epochs=100, lr=0.01, amp="off", batch_size=1000, seed=0):
     """Train the detached classifier on a frozen encoder and measure it, as it is in the end, on the whole test split.
 
-    The representations are computed once, standardised by the training split's mean and deviation (which only eases the
-    training), and classified by one linear layer, by Adam with a cosine schedule: the paper states no optimizer.
+    The representations are computed once, in the precision amp, standardised by the training split's mean and deviation
+    (which only eases the training), and classified by one float32 linear layer, by Adam with a cosine schedule: the
+    paper states no optimizer. Several processes share the representations, and each trains the same classifier.
 
     Returns a dict: top1 and train_top1 in percent, test_images, train_images, dimensions (D). Raises an AssertionError
     if a parameter or a batch-norm buffer of the encoder moved.
     """
     before, was_training = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}, encoder.training
     encoder.eval()
-    x, x_test = (extract(encoder, data, images, grid) for images in (data.train_images, data.test_images))   # (N, D)
+    x, x_test = (extract(encoder, data, images, grid, amp) for images in (data.train_images, data.test_images))
     encoder.train(was_training)
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
+    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)                                                    # x is (N, D)
     x, x_test = (x - mean) / std, (x_test - mean) / std
 
     generator = torch.Generator().manual_seed(seed)
@@ -66,14 +79,15 @@ def probe(encoder, data, grid=2, epochs=100, lr=0.01, batch_size=1000, seed=0):
 
 def probe_as_set(s, encoder, data):
     """`probe` with a run's own settings s, a dict as for `run.build`."""
-    return probe(encoder, data, s["probe_grid"], s["probe_epochs"], s["probe_lr"], seed=s["seed"])
+    return probe(encoder, data, s["probe_grid"], s["probe_epochs"], s["probe_lr"], s["amp"], seed=s["seed"])
 
 
-def write_result(out, settings, encoder, data, frozen_top1, epoch):
-    """Probe a run's encoder, now at the end of an epoch; returns a dict, and writes it to OUT/probe.json."""
+def write_result(out, settings, encoder, data, frozen_top1, epoch, chief=True):
+    """Probe a run's encoder, now at the end of an epoch; returns a dict, which the chief writes to OUT/probe.json."""
     result = probe_as_set(settings, encoder, data)
     result |= dict(frozen_top1=frozen_top1, method=settings["method"], epoch=epoch)
-    run.write_whole(Path(out) / "probe.json", json.dumps(result).encode() + b"\n")
+    if chief:
+        run.write_whole(Path(out) / "probe.json", json.dumps(result).encode() + b"\n")
     return result
 
 

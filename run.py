@@ -28,9 +28,6 @@ import torch.distributed as dist
 from hssl import Crops, Rotation, Scale, Translation
 from layers import DenseBackbone, MNISTBackbone, ResidualBackbone, Untied
 
-PATIENCE = datetime.timedelta(days=1)      # with a chief that downloads or classifies; NCCL alone waits 10 minutes
-
-
 def build(settings, channels, side):
     """Make the encoder, and the group that moves its features, from the flags of train.py (a dict), for images of C =
     channels and H = W = side. Raises a ValueError where these do not fit each other."""
@@ -114,7 +111,8 @@ def fitting(path):
 def find_checkpoint(settings):
     """The checkpoint that a training with these settings continues from, or None for a new run. Raises a ValueError, in
     one line, for a folder with other content, a damaged checkpoint, or one of other settings."""
-    out, free = Path(settings["out"]), {"resume", "out", "data_dir", "device", "save_every", "log_every"}
+    out = Path(settings["out"])
+    free = {"resume", "out", "data_dir", "device", "save_every", "log_every", "checkpoint_activations"}
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: --out must name a folder")
     held = {path.name for path in out.iterdir()} if out.exists() else set()
@@ -191,7 +189,8 @@ class Log:
         if due and self.chief:
             now = time.perf_counter()
             rate = round((step - self.last[0]) * self.batch_size / (now - self.last[1]), 1)
-            line = dict(epoch=epoch, step=step, loss=losses[-1], lr=lr, images_per_second=rate, overflows=overflows)
+            line = dict(epoch=epoch, step=step, loss=losses[-1], lr=lr, images_per_second=rate,
+                        overflows=int(overflows))
             self.file.write(json.dumps(line).encode() + b"\n")
             self.last = step, now
             left = (self.epochs * self.steps - step) * (now - self.start[1]) / (step - self.start[0])
@@ -206,7 +205,7 @@ class Log:
         """Stop a run that diverged, with status 1. All processes come here at the same step; the first says why."""
         kept = f"the last good checkpoint, {self.out / 'checkpoint.pt'}, is of step {self.last_saved}"
         kept = kept if self.last_saved else "there is no checkpoint yet"
-        stop(f"{reason}; {kept}; a lower --lr may help" if self.chief else None, status=1)
+        leave_together(f"{reason}; {kept}; a lower --lr may help" if self.chief else None, status=1)
 
 
 # ------------------------------------------------------------------------------------- refusing bad input, and stopping
@@ -238,12 +237,24 @@ def choose_device(given):
     return given or found
 
 
+def precision(device, amp):
+    """The context of half precision that --amp names, on a torch.device or its type."""
+    return torch.autocast(torch.device(device).type, getattr(torch, amp, None), enabled=amp != "off")
+
+
 def stop(message, status=2):
     """End the program with one line (none for None), under torchrun naming the process; status 2 is bad input."""
     process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
     if message is not None:
         print(f"{Path(sys.argv[0]).name}{process}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def leave_together(message, status):
+    """`stop`, where all processes do."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    stop(message, status)
 
 
 def call(main, args):
@@ -255,32 +266,48 @@ def call(main, args):
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise
-        stop(f"not enough memory: use a smaller --batch-size or network, or more processes ({str(error)[:150]})")
+        stop("not enough memory: use more processes, a smaller --batch-size or network, or, for the residual one, "
+             f"--checkpoint-activations ({str(error)[:150]})")
 
 
 class Signals:
-    """In this context SIGTERM and SIGINT are only noted, so that the loop can finish its step and save."""
+    """In this context SIGTERM and SIGINT are only noted, so that the loop can finish its step and save.
+
+    group: processes that talk over gloo, on the CPU, so that no GPU waits; None if there is one process only.
+    """
+    def __init__(self, group):
+        self.group, self.received, self.exchange = group, 0, None
+
     def __enter__(self):
         def note(number, frame):
             self.received = number
-        self.received, self.before = 0, {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
+        self.before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def received_anywhere(self):
-        """The number of a signal that any process received, or 0, the same for all; on the CPU, so no GPU waits."""
+        """The number of a signal that any process received, or 0, the same for all. With several processes it is what
+        they knew a step ago: each call starts an exchange for the next call to read, so that no step waits for it."""
         if self.group is None:
             return self.received
-        received = torch.tensor(self.received)
-        dist.all_reduce(received, dist.ReduceOp.MAX, group=self.group)
-        return received.item()
+        known = self.finish_exchange()
+        flag = torch.tensor(self.received)
+        self.exchange = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True), flag
+        return known
+
+    def finish_exchange(self):
+        if self.exchange is None:
+            return 0
+        work, flag = self.exchange
+        work.wait()
+        return flag.item()
 
     def leave(self, number, step, chief):
         """End all processes after a save, with the status that stands for the signal."""
-        if dist.is_initialized():
-            dist.barrier()                                                     # nobody leaves before the save
+        if self.group is not None:
+            self.finish_exchange()
+            dist.barrier(self.group)                                           # nobody leaves before the save
         saved = f"{signal.Signals(number).name}: saved after step {step}, continue with --resume"
-        stop(saved if chief else None, 128 + number)
+        leave_together(saved if chief else None, 128 + number)
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():

@@ -12,7 +12,7 @@ import copy
 import json
 import math
 import os
-import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -86,6 +86,7 @@ def parse(argv=None):
     # The encoder
     add("--backbone", choices=("mnist", "residual"), help="SESN's network for MNIST or for STL-10")
     add("--depth", type=count, default=16, help="layers of the residual network, 6n + 4")
+    add("--checkpoint-activations", action="store_true", default=False, help="residual: less memory, a third more work")
     add("--widths", type=count, nargs="+", metavar="C", help="channels of its 3 (mnist) or 4 (residual) stages")
     add("--group-size", type=count, help="orientations or scales of the encoder")
     add("--extent", type=count, help="how many of them a filter spans (default: all for rotation, 1 for scale)")
@@ -181,18 +182,20 @@ def schedule(step, warmup, total):
 
 
 def join_processes(args):
-    """One process under python, several under torchrun; returns rank, rank on this machine, their number, device."""
+    """One process under python, several under torchrun; returns rank, rank on this machine, number of processes,
+    device, and a process group for what is agreed on CPUs (None under python)."""
     defaults = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in defaults.items())
     if args.batch_size % world:
         run.stop(f"--batch-size {args.batch_size} cannot be shared by {world} processes: take a multiple of {world}")
-    cuda, device = args.device == "cuda", torch.device(args.device)
+    cuda, device, together = args.device == "cuda", torch.device(args.device), None
     if cuda:
         if local_rank >= torch.cuda.device_count():
             run.stop(f"torchrun needs a GPU per process, and there are {torch.cuda.device_count()}: start fewer "
                      "processes, or take --device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True                                  # shapes stay, so a search is worth it
     if args.amp == "off":
         torch.backends.fp32_precision = "ieee"                                 # or GPUs would convolve in TF32
     if "RANK" in os.environ:
@@ -201,21 +204,22 @@ def join_processes(args):
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=run.PATIENCE, device_id=device if cuda else None)
+                                device_id=device if cuda else None)
+        together = dist.new_group(backend="gloo", timeout=timedelta(days=1))   # patient with a chief that downloads
     if rank == 0:
-        name = torch.cuda.get_device_name(device) if cuda else "CPU"
-        print(f"{name}: {world} x {args.batch_size // world} images a step, half precision {args.amp}", flush=True)
-    return rank, local_rank, world, device
+        print(f"{torch.cuda.get_device_name(device) if cuda else 'CPU'}: {world} x {args.batch_size // world} images a "
+              f"step, half precision {args.amp}", flush=True)
+    return rank, local_rank, world, device, together
 
 
-def prepare(args, rank, local_rank, world, device):
+def prepare(args, rank, local_rank, world, device, together):
     """What bad input can stop, by a ValueError: data, encoder, group, objective, pairs of elements, run's folder."""
     turn = 0 if rank == 0 else 1 if local_rank == 0 else 2                     # who may download, here or elsewhere
     for now in range(3):
         if now == turn:
             data = datasets.load(args.dataset, args.data_dir, device, args.train_images)
         if world > 1:
-            dist.barrier()
+            dist.barrier(together)
     if args.batch_size > len(data.train_images) and args.method != "frozen":
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(data.train_images)} training images")
     channels, side = data.train_images.shape[1:3]
@@ -228,7 +232,7 @@ def prepare(args, rank, local_rank, world, device):
 
     checkpoint = [run.find_checkpoint(vars(args)) if rank == 0 else None]
     if world > 1:
-        dist.broadcast_object_list(checkpoint)                                 # all go on from what the chief read
+        dist.broadcast_object_list(checkpoint, group=together)                 # all go on from what the chief read
     if rank == 0:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         config = json.dumps(vars(args) | dict(torch=torch.__version__, processes=world))
@@ -236,53 +240,58 @@ def prepare(args, rank, local_rank, world, device):
     return data, group, objective, pairs, steps, checkpoint[0]
 
 
-def frozen_accuracy(args, encoder, data, chief):
-    """The yardstick: batch norm sees the training images once, then the detached classifier, by the chief alone."""
+def frozen_accuracy(args, encoder, data, rank, world):
+    """The yardstick: batch norm sees the training images once, then the detached classifier. Processes share both."""
     index = torch.arange(len(data.train_images), device=data.train_images.device)
     chunks = index.tensor_split(math.ceil(len(index) / 1000))                  # no chunk of one image
-    update_bn((data.batch(data.train_images, i) for i in chunks), encoder)
-    if chief:
-        top1 = probe.probe_as_set(vars(args), encoder, data)["top1"]
+    own = chunks[rank::world]
+    with run.precision(args.device, args.amp):
+        update_bn((data.batch(data.train_images, i) for i in own), encoder)    # a mean over chunks
+    for name, value in encoder.state_dict().items():
+        if world > 1 and "running" in name:
+            dist.all_reduce(value.mul_(len(own) / len(chunks)))
+    top1 = probe.probe_as_set(vars(args), encoder, data)["top1"]
+    if rank == 0:
         print(f"frozen encoder: top-1 {top1:.2f} %", flush=True)
-        return top1
+    return top1
 
 
 def main(args):
-    rank, local_rank, world, device = join_processes(args)
+    rank, local_rank, world, device, together = join_processes(args)
     chief, cuda = rank == 0, device.type == "cuda"
     torch.manual_seed(args.seed)
     try:
-        data, group, objective, pairs, steps, checkpoint = prepare(args, rank, local_rank, world, device)
+        data, group, objective, pairs, steps, checkpoint = prepare(args, rank, local_rank, world, device, together)
     except ValueError as error:
         run.stop(error)
     except OverflowError:
         run.stop("--sigma, --scale-step and --group-size give filters beyond floating point: take smaller ones")
     encoder, path, images = objective.encoder, Path(args.out) / "checkpoint.pt", len(data.train_images)
-    frozen_top1 = checkpoint["frozen_top1"] if checkpoint else frozen_accuracy(args, encoder, data, chief)
+    frozen_top1 = checkpoint["frozen_top1"] if checkpoint else frozen_accuracy(args, encoder, data, rank, world)
 
     # ---- processes, optimizer, schedule, half precision
     model = objective
     if dist.is_initialized():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
-        model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None)
+        model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None, broadcast_buffers=False)
     epochs = 0 if args.method == "frozen" else args.epochs
     warmup, peak = round(args.warmup_epochs * steps), args.lr * (args.batch_size / 256 if args.lr_per_256 else 1)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = LARS(trained, peak, args.momentum, args.weight_decay, args.trust_coefficient)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, warmup, epochs * steps))
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
-    # The scaler leaves out steps that overflow, usually the very first; PyTorch then takes the schedule to be ahead.
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+    overflows = torch.zeros((), device=device)                                 # counted there, so that no step waits
+    optimizer.register_step_post_hook(lambda optimizer, *_: overflows.add_(getattr(optimizer, "found_inf", 0)))
 
     # ---- where to start, and what a save does
-    parts, step, epoch_loss, overflows = run.parts_of(objective, optimizer, scheduler, scaler), 0, 0.0, 0
+    parts, step, epoch_loss = run.parts_of(objective, optimizer, scheduler, scaler), 0, 0.0
     if checkpoint:
         with run.fitting(path):
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
             torch.set_rng_state(checkpoint["random"])                          # nothing below draws; extensions may
-            step, overflows = int(checkpoint["step"]), int(checkpoint["overflows"])
-            epoch_loss = float(checkpoint["epoch_loss"])
+            step, epoch_loss = int(checkpoint["step"]), float(checkpoint["epoch_loss"])
+            overflows.fill_(int(checkpoint["overflows"]))
     log = run.Log(args, epochs, steps, step, epoch_loss, step if checkpoint else None, chief)
 
     def save():
@@ -291,12 +300,12 @@ def main(args):
         if chief:
             os.fsync(log.file.fileno())                                        # as safe as the checkpoint will be
             run.save_checkpoint(path, parts, settings=vars(args), step=step, epoch=step // steps,
-                                epoch_loss=log.epoch_loss, overflows=overflows, frozen_top1=frozen_top1)
+                                epoch_loss=log.epoch_loss, overflows=int(overflows), frozen_top1=frozen_top1)
         log.last_saved = step
 
     # ---- training
     elements, pairs, share = group.elements.to(device), pairs.to(device), args.batch_size // world
-    with run.Signals() as signals:
+    with run.Signals(together) as signals:
         for epoch in range(step // steps, epochs):
             order, choice = (t.to(device) for t in datasets.epoch_plan(images, len(pairs), args.seed, epoch))
             for i in range(step % steps, steps):
@@ -305,16 +314,15 @@ def main(args):
                 g = elements[pairs[choice[index]]].unbind(1)                   # g1 and g2, each (b, ...)
                 given = [data.train_labels[index]] if args.method == "supervised" else g
 
-                with torch.autocast(args.device, getattr(torch, args.amp, None), enabled=args.amp != "off"):
+                with run.precision(device, args.amp):
                     loss = model(x, *given)
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
-                scale, lr = scaler.get_scale(), scheduler.get_last_lr()[0]
-                scaler.step(optimizer)
+                lr = scheduler.get_last_lr()[0]
+                scaler.step(optimizer)                                         # changes nothing where float16 overflows
                 scaler.update()
                 scheduler.step()
                 objective.after_step(step)                                     # BYOL's target follows
-                overflows += scaler.get_scale() < scale                        # the scaler left this step out
                 step += 1
 
                 received = signals.received_anywhere()
@@ -327,12 +335,14 @@ def main(args):
         save()
 
     # ---- the detached classifier on the trained encoder; all stay, for torchrun ends what outlasts the others
+    for value in encoder.buffers() if world > 1 else ():
+        dist.broadcast(value, 0)                                               # on CPUs batch norms are not synchronised
+    result = probe.write_result(args.out, vars(args), encoder, data, frozen_top1, epochs, chief)
     if chief:
-        result = probe.write_result(args.out, vars(args), encoder, data, frozen_top1, epochs)
         print(f"top-1 on {result['test_images']} test images: frozen {frozen_top1:.2f} %, "
               f"{args.method} {result['top1']:.2f} %")
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(together)
         dist.destroy_process_group()
 
 
