@@ -244,16 +244,17 @@ class CheckpointedBlock(ResidualBlock):
 
 @contextlib.contextmanager
 def statistics_kept(module):
-    """In this context batch norms use the batch's statistics as ever, but do not count them towards the running ones:
-    in the second of two passes over one batch."""
+    """In this context batch norms add to copies of their running statistics, which then are dropped: a second pass over
+    the same batch must not count."""
     norms = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    for norm in norms:
-        norm.track_running_stats = False
+    statistics = [(norm, name, value) for norm in norms for name, value in norm.named_buffers()]
+    for norm, name, value in statistics:
+        setattr(norm, name, value.clone())
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, name, value in statistics:
+            setattr(norm, name, value)
 
 
 class ResidualBackbone(Backbone):

@@ -40,7 +40,7 @@ def build(settings, channels, side):
     options = dict(in_channels=channels, kernel_size=s.kernel_size, effective_size=s.effective_size, sigma=s.sigma,
                    scale_step=s.scale_step, padding_mode=s.padding)
     if s.backbone == "residual":
-        options["depth"] = s.depth
+        options |= dict(depth=s.depth, checkpoint_activations=s.checkpoint_activations)
     if s.structure == "group":
         encoder = network(s.group, s.group_size, s.widths, extent=s.extent, **options)
     elif s.group != "translation":

@@ -1,6 +1,6 @@
 """Measure the project's times and memory, each beside what it is compared with.
 
-    python experiments/benchmark.py [--parts abcdefghi] [--rounds 7] [--device cpu] [--threads 2]
+    python experiments/benchmark.py [--parts abcdefghij] [--rounds 7] [--device cpu] [--threads 2]
 
 What is compared runs in one process, in alternating order; medians over the rounds, of the times and of the ratios
 within a round. escnn, lightly and timm take part if they are installed; the project does not need them. Images are
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import statistics
 import tempfile
 import time
@@ -33,16 +34,17 @@ from hssl import Rotation, Translation
 from lars import LARS
 from layers import GroupConv2d, LiftingConv2d, ResidualBackbone, steerable_basis
 from losses import nt_xent
-from measure import FLAGS, compare, header, installed, kept_memory, peak_memory, row, seconds, training_step
+from measure import (FLAGS, compare, flags_of, header, installed, peak_memory, row, seconds, step_memory,
+                     training_step)
 
 # ----------------------------------------------------------------------------------------------------------- the parts
 def steps(args):
     """training step: A-SSL over H-SSL, for each data set and group"""
     header("(a) training step", "images", "A-SSL, s", "H-SSL, s", "A-SSL / H-SSL")
-    for dataset, flags in FLAGS[args.device].items():
+    for dataset in FLAGS[args.device]:
         for group in train.GROUPS:
-            h_ssl, a_ssl = (training_step(dataset, f"{flags} --group {group} --method {method}", args.device)
-                            for method in ("h-ssl", "a-ssl"))
+            flags = flags_of(dataset, group, args.device)
+            h_ssl, a_ssl = (training_step(f"{flags} --method {method}", args.device) for method in ("h-ssl", "a-ssl"))
             times = compare({"h": h_ssl[0], "a": a_ssl[0]}, args.rounds, args.device)
             row(f"{dataset}, {group}", h_ssl[2], f"{times['a'][0]:.3f}", f"{times['h'][0]:.3f}", f"{times['a'][1]:.2f}")
 
@@ -165,7 +167,7 @@ def inputs(args):
 
 def epochs(args):
     """an epoch of train.py over as many bare steps, forward and backward, on one batch that is in place"""
-    _, bare_step, batch = training_step("glyphs", "", args.device)
+    _, bare_step, batch = training_step("", args.device)
     times = []
 
     class Log(run.Log):
@@ -194,9 +196,9 @@ def profiles(args):
     """where an H-SSL step's time goes: the five largest operators (on a GPU: kernels), by their own time"""
     cuda = args.device == "cuda"
     header("(g) H-SSL training step, share of its time", *[""] * 5)
-    for dataset, flags in FLAGS[args.device].items():
+    for dataset in FLAGS[args.device]:
         for group in train.GROUPS:
-            step, _, _ = training_step(dataset, f"{flags} --group {group}", args.device)
+            step, _, _ = training_step(flags_of(dataset, group, args.device), args.device)
             step()
             with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
                 for _ in range(3):
@@ -215,17 +217,17 @@ def objectives(args):
     flags = {"H-SSL, 2 views": "", "A-SSL, 2 views": "--method a-ssl", "H-SSL, 4 views": "--views 4",
              "A-SSL, 4 views": "--method a-ssl --views 4", "H-SSL, SimSiam": "--objective simsiam",
              "H-SSL, BYOL": "--objective byol"}
-    base = f"{FLAGS[args.device]['mnist']} --group rotation"
-    sides = {name: training_step("mnist", f"{base} {own}", args.device)[0] for name, own in flags.items()}
+    base = flags_of("mnist", "rotation", args.device)
+    sides = {name: training_step(f"{base} {own}", args.device)[0] for name, own in flags.items()}
     header("(h) training step on MNIST, rotation", "own flags", "s", "/ H-SSL, 2 views")
     for name, (median, ratio) in compare(sides, args.rounds, args.device).items():
         row(name, flags[name] and f"`{flags[name]}`", f"{median:.3f}", f"{ratio:.2f}")
 
 
 def sizes(args):
-    """size of every backbone at full width: parameters; forward, multiply-adds and activations per image"""
-    header("(i) backbone", "parameters", "multiply-adds per image", "activations per image", "in half precision",
-           "batch 4096 on 8 GPUs")
+    """every backbone at full width: parameters, multiply-adds of a forward pass, memory of a step of 512 images"""
+    header("(i) backbone", "parameters", "multiply-adds per image", "H-SSL, 512 images a GPU", "A-SSL",
+           "H-SSL, --checkpoint-activations", "A-SSL, the same")
     for dataset in FLAGS["cpu"]:
         for group in train.GROUPS:
             channels, side = datasets.SHAPES[dataset]
@@ -236,16 +238,57 @@ def sizes(args):
                     encoder(one)
                     first = counter.get_total_flops()
                     encoder(two)
-                multiply_adds, kept = (counter.get_total_flops() - 2 * first) / 2, []
-                for half in (False, True):
-                    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                        kept.append(kept_memory(lambda: encoder(two)) - kept_memory(lambda: encoder(one)))
+                multiply_adds = (counter.get_total_flops() - 2 * first) / 2
+            memory = []
+            for flags in itertools.product(("", "--checkpoint-activations"), ("h-ssl", "a-ssl")):
+                peak, _ = step_memory(f"--dataset {dataset} --group {group} {flags[0]} --method {flags[1]}", images=512)
+                memory.append("" if flags[0] and dataset == "mnist" else f"{peak / 2**30:.1f} GiB")
             row(f"{dataset}, {group}", f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M",
-                f"{multiply_adds / 1e9:.2f} G", *(f"{size / 2**20:.1f} MiB" for size in kept),
-                f"{kept[1] * 512 / 2**30:.1f} GiB")
+                f"{multiply_adds / 1e9:.2f} G", *memory)
 
 
-PARTS = dict(zip("abcdefghi", (steps, convolutions, optimizers, losses, inputs, epochs, profiles, objectives, sizes)))
+def forms(args):
+    """other forms of the convolutions: channels-last; for scale, channels filled up to multiples of 8, or a call each"""
+    header("(j) conv2d 7x7", "images", "as it is, s", "channels-last / as it is", "filled up", "a call for each scale")
+    for group, scales, c_in, c_out, side, images in (
+            ("translation", 1, 32, 63, 14, 128), ("translation", 1, 63, 95, 7, 128), ("translation", 1, 128, 128, 32, 8),
+            ("scale", 3, 32, 63, 14, 128), ("scale", 3, 63, 95, 7, 128), ("scale", 3, 128, 128, 32, 8)):
+        images *= 8 if args.device == "cuda" else 1
+        fill_in, fill_out = -c_in % 8, -c_out % 8
+
+        def side_of(convolve, memory_format=torch.contiguous_format):
+            x = torch.randn(images, scales * c_in, side, side, device=args.device)
+            kernel = torch.randn(scales * c_out, c_in, 7, 7, device=args.device)
+            both = [t.to(memory_format=memory_format).requires_grad_() for t in (x, kernel)]
+
+            def forward_and_backward():
+                with run.precision(args.device, "float16" if args.device == "cuda" else "off"):
+                    y = convolve(*both)
+                torch.autograd.grad(y, both, torch.ones_like(y))
+            return forward_and_backward
+
+        def plain(x, kernel):
+            return F.conv2d(x, kernel, padding=3, groups=scales)
+
+        def filled(x, kernel):
+            x = F.pad(x.unflatten(1, (scales, c_in)), (0, 0, 0, 0, 0, fill_in)).flatten(1, 2)
+            kernel = F.pad(kernel.unflatten(0, (scales, c_out)), (0, 0, 0, 0, 0, fill_in, 0, fill_out)).flatten(0, 1)
+            return plain(x, kernel).unflatten(1, (scales, -1))[:, :, :c_out]
+
+        def each(x, kernel):
+            pieces = zip(x.chunk(scales, 1), kernel.chunk(scales))
+            return torch.cat([F.conv2d(piece, own, padding=3) for piece, own in pieces], 1)
+
+        sides = dict(plain=side_of(plain), last=side_of(plain, torch.channels_last), filled=side_of(filled))
+        if scales > 1:
+            sides["each"] = side_of(each)
+        times = compare(sides, args.rounds, args.device)
+        row(f"{group}, {c_in}-{c_out} at {side}", images, f"{times['plain'][0]:.4f}",
+            *(f"{times[name][1]:.2f}" if name in times else "" for name in ("last", "filled", "each")))
+
+
+PARTS = dict(zip("abcdefghij", (steps, convolutions, optimizers, losses, inputs, epochs, profiles, objectives, sizes,
+                                forms)))
 
 
 def main():

@@ -103,7 +103,7 @@ def test_the_benchmark_s_step_trains(flags, monkeypatch):
     """Each of its two forms moves the encoder's weights."""
     made, make = [], train.make_objective
     monkeypatch.setattr(train, "make_objective", lambda *arguments: made.append(make(*arguments)) or made[0])
-    *steps, images = measure.training_step("glyphs", f"--batch-size 8 --widths 2 3 4 {flags}", "cpu")
+    *steps, images = measure.training_step(f"--batch-size 8 --widths 2 3 4 {flags}", "cpu")
     assert images == 8
     for step in steps:
         before = [p.clone() for p in made[0].encoder.parameters()]
