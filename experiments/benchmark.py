@@ -248,11 +248,11 @@ def sizes(args):
 
 
 def forms(args):
-    """other forms of the convolutions: channels-last; for scale, channels filled up to multiples of 8, or a call each"""
+    """other forms of convolution: channels-last; for scale, channels filled up to multiples of 8, or a call each"""
     header("(j) conv2d 7x7", "images", "as it is, s", "channels-last / as it is", "filled up", "a call for each scale")
     for group, scales, c_in, c_out, side, images in (
-            ("translation", 1, 32, 63, 14, 128), ("translation", 1, 63, 95, 7, 128), ("translation", 1, 128, 128, 32, 8),
-            ("scale", 3, 32, 63, 14, 128), ("scale", 3, 63, 95, 7, 128), ("scale", 3, 128, 128, 32, 8)):
+            (group, scales, *layer) for group, scales in (("translation", 1), ("scale", 3))
+            for layer in ((32, 63, 14, 128), (63, 95, 7, 128), (128, 128, 32, 8))):
         images *= 8 if args.device == "cuda" else 1
         fill_in, fill_out = -c_in % 8, -c_out % 8
 

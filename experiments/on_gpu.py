@@ -40,6 +40,7 @@ from layers import GroupConv2d, ResidualBlock, steerable_basis
 METHODS = ("h-ssl", "a-ssl", "supervised")                                     # that train
 # Of every training in the list, and of the short ones that are compared.
 TOY = "--train-images 200 --batch-size 64 --widths 2 3 4 --probe-epochs 1"
+TINY = f"{TOY} --epochs 1 --train-images 48 --batch-size 16"                    # 3 steps
 SHORT = "--dataset mnist --epochs 3 --batch-size 1024 --warmup-epochs 1 --log-every 1 --probe-epochs 5"
 SMALLEST_SHORT = f"--dataset glyphs --epochs 3 --warmup-epochs 1 --log-every 1 {TOY}"
 
@@ -109,14 +110,14 @@ def waits(args):
     kinds += ["--objective simsiam", "--objective byol", "--views 4", "--group translation --method a-ssl --crop"]
     for flags in kinds:
         for amp in ("float16",) if args.smallest else ("float16", "bfloat16", "off"):
-            found[f"{flags} --amp {amp}"] = max(measure.waits(f"{flags} --amp {amp} {TOY} --epochs 1", args.device))
+            found[f"{flags} --amp {amp}"] = max(measure.waits(f"{flags} --amp {amp} {TINY}", args.device))
     return f"at most {max(found.values())} in a step, {len(found)} settings", found
 
 
 def precisions(args):
     """three epochs in float16, bfloat16 and float32: largest difference of a loss from float32's"""
     found, worst = {}, dict(float16=0.0, bfloat16=0.0)
-    for method in METHODS:
+    for method in METHODS[:1] if args.smallest else METHODS:
         for group in train.GROUPS:
             losses = {}
             for amp in ("off", *worst):
@@ -234,7 +235,7 @@ def huge(args):
 
 
 def memory(args):
-    """largest memory of a step with 512 images a GPU (batch 4096 on 8): H-SSL, A-SSL, and with recomputed activations"""
+    """most memory of a step with 512 images a GPU (batch 4096 on 8): H-SSL, A-SSL, and with recomputed activations"""
     found = {}
     for dataset in ("mnist",) if args.smallest else ("mnist", "cifar10", "tiny-imagenet"):
         for group in train.GROUPS:

@@ -1,5 +1,6 @@
-"""For all tests: where modules are found, float64, and a small data set."""
+"""For all tests: where modules are found, float64, a small data set, and what runs in processes of its own."""
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,33 @@ from test_equivariance import float64                                           
 @pytest.fixture
 def few_glyphs(monkeypatch):
     draw_few_glyphs(monkeypatch)
+
+
+# `@pytest.mark.background(function, arguments)` is for tests that wait for processes of one thread. They come last, and
+# when the first is there, function(folder, *arguments) is called for all of them, two at a time.
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "background(function, arguments): what the fixture job does for a test")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("background") is not None)
+
+
+@pytest.fixture(scope="session")
+def jobs(request, tmp_path_factory):
+    with ThreadPoolExecutor(2) as pool:
+        started = {}
+        for item in request.session.items:
+            for marker in item.iter_markers("background"):
+                function, arguments = marker.args
+                folder = tmp_path_factory.mktemp("background")
+                started[item.nodeid] = folder, pool.submit(function, folder, *arguments)
+        yield started
+
+
+@pytest.fixture
+def job(request, jobs):
+    """A test's folder, and what its function returned."""
+    folder, future = jobs[request.node.nodeid]
+    return folder, future.result()

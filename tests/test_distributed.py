@@ -60,12 +60,24 @@ def gradient(flags, rank=0, world=1):
     return {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
 
 
+def frozen(rank=0, world=1):
+    """What train.py measures before the first step, of 2,500 glyphs in three chunks: top-1, and batch norm's state."""
+    args = train.parse([*SMALL, "--train-images", "2500"])
+    torch.manual_seed(0)
+    some = data.load("glyphs", "unused", train_images=2500)
+    encoder, _ = run.build(vars(args), 1, 28)
+    top1 = train.frozen_accuracy(args, encoder, some, rank, world)
+    features = probe.extract(encoder.eval(), some, some.test_images, grid=2)
+    return dict(top1=top1, state=encoder.state_dict(), features=features)
+
+
 def one_of_several(rank, world, folder, ports):
     for method, port in zip(("h-ssl", "a-ssl"), ports):
         like_torchrun(rank, world, port)
         record_run(folder, rank, world, method)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{world}", rank=rank, world_size=world)
     torch.save({flags: gradient(flags, rank, world) for flags in GRADIENTS}, folder / f"gradients-{world}-{rank}.pt")
+    torch.save(frozen(rank, world), folder / f"frozen-{world}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -123,6 +135,21 @@ def test_gradients_are_those_of_one_process(flags, world, folder):
         assert found.keys() == expected.keys()
         for name in expected:
             assert (found[name] - expected[name]).norm() < 1e-12 * size, name
+
+
+@pytest.mark.parametrize("world", (2, 4))
+def test_the_frozen_encoder_is_measured_together(world, folder):
+    """Each process takes a share of the images, and all have one process's statistics, features and accuracy."""
+    alone = frozen()
+    shares = [torch.load(folder / f"frozen-{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+    for share in shares:
+        assert share["features"].shape == (2000, 64) and abs(share["top1"] - alone["top1"]) < 0.5
+        torch.testing.assert_close(share["features"], alone["features"], rtol=1e-4, atol=1e-5)
+        for name, value in alone["state"].items():
+            if "num_batches" not in name:
+                torch.testing.assert_close(share["state"][name], value, rtol=1e-5, atol=1e-6)
+    chunks = [share["state"]["1.2.num_batches_tracked"].item() for share in shares]
+    assert sum(chunks) == 3 and max(chunks) < 3
 
 
 @pytest.mark.parametrize("world", (2, 4))

@@ -1,5 +1,6 @@
 """experiments/: train.py takes every run that is listed, finished runs are kept, layers' errors are measured right."""
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 import data
 import equivariance
 import measure
+import on_gpu
 import probe
 import report
 import run
@@ -17,6 +19,7 @@ import runs
 import tables
 import train
 from hssl import Crops, Rotation, Translation
+from kill_and_resume import start
 from layers import MNISTBackbone, Untied
 
 SMALL = "--train-images 100 --batch-size 50 --epochs 1 --warmup-epochs 0 --probe-epochs 1 --widths 2 2 2"
@@ -109,6 +112,74 @@ def test_the_benchmark_s_step_trains(flags, monkeypatch):
         before = [p.clone() for p in made[0].encoder.parameters()]
         step()
         assert not all(torch.equal(a, b) for a, b in zip(before, made[0].encoder.parameters(), strict=True))
+
+
+def toy_list(folder):
+    """on_gpu.py at toy size on the CPU, with one step that is done already; returns its status and what it printed."""
+    (folder / "huge.json").write_text(json.dumps(dict(result="done before", seconds=1, details={})))
+    process = start("experiments/on_gpu.py", "--device", "cpu", "--smallest", "--out", folder, stdout=subprocess.PIPE)
+    return process.communicate()[0], process.returncode
+
+
+@pytest.mark.background(toy_list, [])
+def test_the_list_for_a_gpu(job):
+    """Each step is a row and a file; no training step waits for the device, whatever the method and objective."""
+    folder, (printed, status) = job
+    record = json.loads((folder / "on_gpu.json").read_text())
+    assert status == 0 and record["smallest"] and list(record["steps"]) == list(on_gpu.STEPS)
+    assert all(f"| {name} | {step['result']} | " in printed for name, step in record["steps"].items())
+    assert record["steps"]["huge"]["result"] == "done before"
+    waits = record["steps"]["waits"]["details"]
+    assert len(waits) == 13 and set(waits.values()) == {0}
+    resumed, undisturbed = re.findall(r"then (.*); undisturbed (.*)", record["steps"]["interrupted"]["result"])[0]
+    assert resumed == undisturbed
+
+
+def test_a_failed_step_is_a_row_and_tried_again(tmp_path, monkeypatch, capsys):
+    """Its message is printed, the status is 1, the steps after it are done, and only it is done again."""
+    called = []
+
+    def first(args):
+        called.append("first")
+        raise RuntimeError("no such kernel")
+
+    def second(args):
+        called.append("second")
+        return "ok", {}
+    monkeypatch.setattr(on_gpu, "STEPS", dict(first=first, second=second))
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--device", "cpu", "--out", str(tmp_path)])
+    for expected in (["first", "second"], ["first", "second", "first"]):
+        with pytest.raises(SystemExit) as stop:
+            on_gpu.main()
+        printed = capsys.readouterr()
+        assert stop.value.code == 1 and called == expected
+        assert "| first | FAILED |" in printed.out and "| second | ok |" in printed.out
+        assert "no such kernel" in printed.err
+
+
+def test_recomputed_activations_take_less_memory():
+    """For the paper's network, by shapes alone: less than half of what a step holds at a time."""
+    flags = "--dataset tiny-imagenet --group rotation --method a-ssl"
+    plain, largest = measure.step_memory(flags, 512)
+    checkpointed, _ = measure.step_memory(f"{flags} --checkpoint-activations", 512)
+    assert largest == 2**31 and checkpointed < plain / 2 < 40 * 2**30
+
+
+def test_waits_and_memory_are_counted():
+    """Every way of reading a tensor's values counts, plain arithmetic does not; of memory, what is alive at a time."""
+    x = torch.arange(4.0)
+    with measure.Reads() as reads:
+        x[torch.tensor([3, 1, 2, 0])] + x.where(x > 1, 0)
+        assert reads.count == 0
+        x[0].item(), x.tolist(), x.nonzero(), x[x > 1], bool(x[0] > 1), torch.equal(x, x)
+        assert reads.count == 6
+    with measure.Held() as held:
+        for _ in range(3):
+            a = torch.empty(1000)
+            b = torch.empty(500)[:100]
+            del a, b
+        torch.empty(10)
+    assert (held.peak, held.alive, held.largest) == (6000, 0, 1000)
 
 
 def test_load_run_gives_the_encoder_before_and_after_training(tmp_path, few_glyphs):

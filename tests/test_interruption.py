@@ -4,7 +4,6 @@ import pickle
 import random
 import signal
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,38 +83,30 @@ def one_of_two(rank, port, out, flags):
     train_here(out, *flags)
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """What the next four tests look at: (folder, future). Two at a time, because each waits for its processes."""
-    with ThreadPoolExecutor(2) as pool:
-        def submit(function, *arguments):
-            folder = tmp_path_factory.mktemp("processes")
-            return folder, pool.submit(function, folder, *arguments)
-        yield dict(killed=submit(trial, 2), restarted=submit(restart), terminated=submit(terminate),
-                   torchrun_terminated=submit(terminate, *TORCHRUN))
-
-
-def test_killed_twice(processes):
+@pytest.mark.background(trial, [2])
+def test_killed_twice(job):
     """SIGKILL while a checkpoint is being written and within a step: an undisturbed run's end, bit for bit."""
-    hits, different = processes["killed"][1].result()
+    _, (hits, different) = job
     assert len(hits) == 2 and "save" in hits[0] and "step" in hits[1] and different == []
 
 
-def test_torchrun_restarts_a_killed_process(processes):
+@pytest.mark.background(restart, [])
+def test_torchrun_restarts_a_killed_process(job):
     """With --max-restarts, SIGKILL to one process costs the steps since the checkpoint and nothing else."""
-    assert processes["restarted"][1].result() == []
+    assert job[1] == []
 
 
-def test_sigterm_ends_torchrun(processes):
+@pytest.mark.background(terminate, TORCHRUN)
+def test_sigterm_ends_torchrun(job):
     """torchrun hands SIGTERM on; its processes agree on the step to save, and only the first one says so."""
-    status, error, _ = processes["torchrun_terminated"][1].result()
+    _, (status, error, _) = job
     assert status == 1 and error.count("saved after step") == 1                                      # torchrun's own
 
 
-def test_sigterm_ends_the_program(processes):
+@pytest.mark.background(terminate, [])
+def test_sigterm_ends_the_program(job):
     """`python train.py` exits with 143 and one line on stderr, and goes on from there to the undisturbed end."""
-    folder, terminated = processes["terminated"]
-    status, error, step = terminated.result()
+    folder, (status, error, step) = job
     assert status == 143 and error.count("\n") == 1
     for out, flags in (("run", ["--resume"]), ("straight", [])):
         train_here(folder / out, *LONG, *flags)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lars import LARS
+from measure import Reads
 
 
 def steps(optimizer, w, gradients_and_rates):
@@ -81,6 +82,41 @@ def test_never_waits_for_the_device():
         p.grad = torch.empty_like(p)
     optimizer.step()
     assert len(optimizer.state) == 3
+
+
+def test_with_a_gradient_scaler():
+    """Scaled gradients give the steps of plain ones, to the last bit, as the scale is a power of two. Where one
+    overflows, weights and momentum stay, and the scaler halves its scale. Nobody reads a value."""
+    torch.manual_seed(0)
+    plain = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), (2, 3, 4))]
+    scaled = [torch.nn.Parameter(p.detach().clone()) for p in plain]
+    one, other = (LARS(p, lr=0.1, weight_decay=1e-2, trust_coefficient=0.1) for p in (plain, scaled))
+    scaler = torch.amp.GradScaler("cpu")
+
+    def state():
+        return [t.clone() for p in scaled for t in (p, other.state[p]["momentum"])]
+
+    def scaled_step(gradients, infinite=False):
+        other.zero_grad()
+        scaler.scale(sum((p * g).sum() for p, g in zip(scaled, gradients))).backward()
+        scaled[1].grad[2] += float("inf") if infinite else 0
+        with Reads() as reads:
+            scaler.step(other)
+            scaler.update()
+        assert reads.count == 0
+
+    for _ in range(2):
+        gradients = [torch.randn_like(p) for p in plain]
+        for p, g in zip(plain, gradients):
+            p.grad = g
+        one.step()
+        scaled_step(gradients)
+        assert all(torch.equal(p, q) for p, q in zip(plain, scaled)) and scaler.get_scale() == 2.0**16
+    before = state()
+    scaled_step(gradients, infinite=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, state())) and scaler.get_scale() == 2.0**15
+    scaled_step(gradients)
+    assert not any(torch.equal(a, b) for a, b in zip(before, state()))
 
 
 def test_state_is_plain_and_continues_exactly(tmp_path):

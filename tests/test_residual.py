@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hssl import Rotation, equivariance_error
-from layers import PerElement, ResidualBackbone, ResidualBlock
+from layers import CheckpointedBlock, PerElement, ResidualBackbone, ResidualBlock
 
 pytestmark = pytest.mark.usefixtures("float64")
 WIDTHS = (2, 3, 4, 5)
@@ -109,6 +109,26 @@ def test_number_of_parameters_is_sesn_s():
         count += 9 * (a * b + 3 * b * b) + a * b + 2 * (a + 3 * b)
     count += 2 * 512
     assert sum(p.numel() for p in ResidualBackbone("scale", 3).parameters()) == count == 10_956_240
+
+
+def test_recomputed_activations_change_nothing():
+    """Outputs, gradients, and running statistics after two steps are those of the plain network, bit for bit."""
+    torch.manual_seed(0)
+    plain = ResidualBackbone("rotation", 4, WIDTHS, kernel_size=5, depth=10)
+    checkpointed = ResidualBackbone("rotation", 4, WIDTHS, kernel_size=5, depth=10, checkpoint_activations=True)
+    checkpointed.load_state_dict(plain.state_dict())
+    assert any(isinstance(block, CheckpointedBlock) for block in checkpointed)
+    for _ in range(2):
+        x = torch.randn(2, 3, 16, 16)
+        outputs = [f(x) for f in (plain, checkpointed)]
+        for z in outputs:
+            z.square().sum().backward()
+        assert torch.equal(*outputs)
+    for p, q in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    state, other = plain.state_dict(), checkpointed.state_dict()
+    assert state.keys() == other.keys() and state["1.activate.0.num_batches_tracked"] == 2
+    assert all(torch.equal(value, other[name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize("options, message", (

@@ -42,7 +42,8 @@ def test_train_then_probe(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", (
     "--method a-ssl --group scale", "--method supervised", "--method frozen", "--group translation --amp bfloat16",
-    "--group-size 8 --extent 2 --padding circular", "--backbone residual --widths 2 3 4 5 --depth 10 --grid 4",
+    "--group-size 8 --extent 2 --padding circular",
+    "--backbone residual --widths 2 3 4 5 --depth 10 --grid 4 --checkpoint-activations",
     "--objective simsiam", "--objective byol --method a-ssl", "--views 4",
     "--group translation --views 3 --padding circular", "--group translation --method a-ssl --crop",
     "--group translation --structure none", "--group scale --structure none --method a-ssl",
