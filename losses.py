@@ -59,9 +59,9 @@ class AllGather(torch.autograd.Function):
     process's loss reads every row, so a row's gradient is the sum of what all of them send back for it."""
     @staticmethod
     def forward(ctx, h):
-        rows = h.new_empty(dist.get_world_size() * h.shape[0], h.shape[1])
-        dist.all_gather_into_tensor(rows, h.contiguous())
-        return rows
+        rows = [torch.empty_like(h) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, h.contiguous())
+        return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, gradient):

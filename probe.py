@@ -31,9 +31,9 @@ def extract(encoder, data, images, grid, amp="off", batch_size=1000):
         own = torch.cat([readout(encoder(data.batch(images, i % n)), grid).float() for i in index.split(batch_size)])
     if world == 1:
         return own
-    whole = own.new_empty(world * share, own.shape[1])
-    dist.all_gather_into_tensor(whole, own)
-    return whole[:n]
+    shares = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(shares, own)
+    return torch.cat(shares)[:n]
 
 
 def probe(encoder, data, grid=2, epochs=100, lr=0.01, amp="off", batch_size=1000, seed=0):

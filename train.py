@@ -182,8 +182,7 @@ def schedule(step, warmup, total):
 
 
 def join_processes(args):
-    """One process under python, several under torchrun; returns rank, rank on this machine, number of processes,
-    device, and a process group for what is agreed on CPUs (None under python)."""
+    """One process under python, several under torchrun: rank, rank on this machine, their number, device, CPU group."""
     defaults = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in defaults.items())
     if args.batch_size % world:
@@ -273,7 +272,8 @@ def main(args):
     model = objective
     if dist.is_initialized():
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
-        model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None, broadcast_buffers=False)
+        model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None)
+        model.broadcast_buffers = False                                        # at each step: SyncBatchNorm's are equal
     epochs = 0 if args.method == "frozen" else args.epochs
     warmup, peak = round(args.warmup_epochs * steps), args.lr * (args.batch_size / 256 if args.lr_per_256 else 1)
     trained = [p for p in model.parameters() if p.requires_grad]
