@@ -258,16 +258,18 @@ def leave_together(message, status):
 
 
 def call(main, args):
-    """Run a program's main; a disk that is full or closed to it, or too little memory, ends it in one line."""
+    """Run a program's main. A disk that is full or closed to it, too little memory, and tensors whose elements PyTorch's
+    kernels cannot count end it in one line."""
     try:
         main(args)
     except OSError as error:
         stop(f"cannot write: {error}; what was saved is intact: check folder and disk, and start again, with --resume")
     except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+        too_large = "allocate memory", "integer out of range", "32-bit", "CUDNN_STATUS_NOT_SUPPORTED"
+        if not (isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in too_large)):
             raise
-        stop("not enough memory: use more processes, a smaller --batch-size or network, or, for the residual one, "
-             f"--checkpoint-activations ({str(error)[:150]})")
+        stop("not enough memory, or tensors that are too large: use more processes, a smaller --batch-size or network, "
+             f"or, for the residual one, --checkpoint-activations ({str(error)[:150]})")
 
 
 class Signals:

@@ -113,6 +113,26 @@ def test_sigterm_ends_the_program(job):
     assert log_of(folder / "run")[step]["step"] == step + 1 and compare(folder / "run", folder / "straight") == []
 
 
+@pytest.mark.parametrize("message, status", (("CUDA error: integer out of range", 2), ("shapes do not match", None)))
+def test_tensors_that_kernels_cannot_count(message, status, capsys):
+    """What a GPU's kernels refuse for its size is one line; any other RuntimeError is an error of ours, and is raised."""
+    def main(args):
+        raise RuntimeError(message)
+    with pytest.raises(SystemExit if status else RuntimeError) as stop:
+        runs.call(main, None)
+    assert not status or stop.value.code == status and "smaller --batch-size" in capsys.readouterr().err
+
+
+def test_processes_that_leave_together_destroy_their_group(monkeypatch):
+    """Of a signal or a loss that is not finite all know; nothing of the group may be left, of which NCCL would warn."""
+    done = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: done.append(1))
+    with pytest.raises(SystemExit) as stop:
+        runs.leave_together(None, 143)
+    assert done == [1] and stop.value.code == 143
+
+
 # ------------------------------------------------------------------------------------- checkpoints that are not whole
 
 def refusal(path):
