@@ -258,8 +258,7 @@ def leave_together(message, status):
 
 
 def call(main, args):
-    """Run a program's main. A disk that is full or closed to it, too little memory, and tensors whose elements PyTorch's
-    kernels cannot count end it in one line."""
+    """Run a program's main; a full disk, too little memory, or a tensor too large for PyTorch ends it in one line."""
     try:
         main(args)
     except OSError as error:

@@ -76,7 +76,7 @@ def wait_for_steps(out, steps, process):
     while logged() < steps:
         if process.poll() is not None:
             raise RuntimeError(f"the training ended too early, with status {process.returncode}")
-        time.sleep(0.001)
+        time.sleep(0.01)
 
 
 def new_folder(args, name):

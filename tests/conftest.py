@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
@@ -17,8 +18,11 @@ def few_glyphs(monkeypatch):
     draw_few_glyphs(monkeypatch)
 
 
-# `@pytest.mark.background(function, arguments)` is for tests that wait for processes of one thread. They come last, and
-# when the first is there, function(folder, *arguments) is called for all of them, two at a time.
+# `@pytest.mark.background(function, arguments)` is for tests that look at what other processes did. function(folder,
+# *arguments) is called when the session starts, beside the other tests, and these tests come last. All have one thread:
+# threads of several processes on few cores would wait for each other.
+torch.set_num_threads(1)
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "background(function, arguments): what the fixture job does for a test")
@@ -28,7 +32,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("background") is not None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def jobs(request, tmp_path_factory):
     with ThreadPoolExecutor(2) as pool:
         started = {}

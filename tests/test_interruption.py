@@ -115,7 +115,7 @@ def test_sigterm_ends_the_program(job):
 
 @pytest.mark.parametrize("message, status", (("CUDA error: integer out of range", 2), ("shapes do not match", None)))
 def test_tensors_that_kernels_cannot_count(message, status, capsys):
-    """What a GPU's kernels refuse for its size is one line; any other RuntimeError is an error of ours, and is raised."""
+    """What a GPU's kernels refuse for its size is one line; any other RuntimeError is ours, and is raised."""
     def main(args):
         raise RuntimeError(message)
     with pytest.raises(SystemExit if status else RuntimeError) as stop:
