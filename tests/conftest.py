@@ -1,4 +1,5 @@
 """For all tests: where modules are found, float64, a small data set, and what runs in processes of its own."""
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ def few_glyphs(monkeypatch):
 # *arguments) is called when the session starts, beside the other tests, and these tests come last. All have one thread:
 # threads of several processes on few cores would wait for each other.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_configure(config):

@@ -33,7 +33,7 @@ def start(*command, **options):
 
 def wait_until(happened, process):
     while not happened() and process.poll() is None:
-        time.sleep(0.0005)
+        time.sleep(0.002)
 
 
 def lines(run):
