@@ -218,11 +218,12 @@ def _draw(character, font, stroke, side):
 
 
 # ----------------------------------------------------------------------------------------------- one epoch's plan
-def epoch_plan(images, choices, seed, epoch):
+def epoch_plan(images, choices, seed, epoch, device="cpu"):
     """Draw an epoch's order, a permutation of the images (N,), and for each image, by its index in the data set, its
-    choice (N,), below P, among the pairs (or larger sets) of views; both int64.
+    choice (N,), below P, among the pairs (or larger sets) of views; both int64, on the device.
 
     They depend on (seed, epoch) alone: all processes draw the same, so their number changes nothing.
     """
     rng = np.random.default_rng([seed, epoch])
-    return torch.from_numpy(rng.permutation(images)), torch.from_numpy(rng.integers(choices, size=images))
+    drawn = rng.permutation(images), rng.integers(choices, size=images)
+    return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in drawn)             # without a wait

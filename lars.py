@@ -23,14 +23,14 @@ class LARS(torch.optim.Optimizer):
     trust_coefficient are lr, μ, λ and η above, plain numbers. Raises a ValueError if lr, weight_decay or
     trust_coefficient is negative, or momentum is outside [0, 1).
     """
+    _step_supports_amp_scaling = True      # makes GradScaler set grad_scale and found_inf for the time of a step
+
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
         if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0 and trust_coefficient >= 0):
             raise ValueError("need lr, weight_decay, trust_coefficient >= 0 and 0 <= momentum < 1; got "
                              f"{lr}, {weight_decay}, {trust_coefficient} and {momentum}")
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
                                       trust_coefficient=trust_coefficient))
-
-    _step_supports_amp_scaling = True      # makes GradScaler set grad_scale and found_inf while it calls step
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -65,7 +65,7 @@ class LARS(torch.optim.Optimizer):
                 torch._foreach_add_(m[len(weights):], g[len(weights):])
             torch._foreach_add_(weights + vectors, m, alpha=-group["lr"])
             for now, old in zip(changed, before):
-                now.copy_(torch.where(found_inf > 0, old, now))                # an overflow: no step, and nobody asks
+                now.copy_(torch.where(found_inf > 0, old, now))                # no step where a gradient overflowed
         return loss
 
 

@@ -25,7 +25,7 @@ def extract(encoder, data, images, grid, amp="off", batch_size=1000):
     amp: the encoder's precision, as for `--amp`. Several processes take an equal share each, and all get the whole.
     """
     n, world = len(images), dist.get_world_size() if dist.is_initialized() else 1
-    share = -(-n // world)                                                     # rounded up: the last few come twice
+    share = -(-n // world)                                                     # rounded up: a few images come twice
     index = torch.arange(share, device=images.device) + share * (dist.get_rank() if world > 1 else 0)
     with run.precision(images.device, amp):
         own = torch.cat([readout(encoder(data.batch(images, i % n)), grid).float() for i in index.split(batch_size)])
@@ -113,6 +113,8 @@ def main(args):
         encoder, _ = run.build(s, *data.train_images.shape[1:3])
         encoder.load_state_dict(checkpoint["encoder"])
     encoder.to(device)
+    if device != s["device"]:
+        s = s | dict(amp="off")                                                # that was chosen for another device
     print(json.dumps(write_result(args.run, s, encoder, data, checkpoint["frozen_top1"], checkpoint["epoch"])))
 
 

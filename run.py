@@ -28,6 +28,7 @@ import torch.distributed as dist
 from hssl import Crops, Rotation, Scale, Translation
 from layers import DenseBackbone, MNISTBackbone, ResidualBackbone, Untied
 
+
 def build(settings, channels, side):
     """Make the encoder, and the group that moves its features, from the flags of train.py (a dict), for images of C =
     channels and H = W = side. Raises a ValueError where these do not fit each other."""

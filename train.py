@@ -307,7 +307,7 @@ def main(args):
     elements, pairs, share = group.elements.to(device), pairs.to(device), args.batch_size // world
     with run.Signals(together) as signals:
         for epoch in range(step // steps, epochs):
-            order, choice = (t.to(device) for t in datasets.epoch_plan(images, len(pairs), args.seed, epoch))
+            order, choice = datasets.epoch_plan(images, len(pairs), args.seed, epoch, device)        # (N,) each
             for i in range(step % steps, steps):
                 index = order[i * args.batch_size + rank * share:][:share]                           # (b,)
                 x = data.batch(data.train_images, index)                                             # (b, C, H, W)

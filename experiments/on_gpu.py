@@ -209,19 +209,21 @@ def sync_batch_norm(args):
 
 
 def huge(args):
-    """a residual block whose tensors have 2**31 elements, forward and backward, against its halves"""
+    """two residual blocks whose tensors have 2**31 elements, forward and backward, against halves of the batch"""
     side, images = (8, 4) if args.smallest or args.device == "cpu" else (64, 1024)
     torch.manual_seed(0)
     basis = steerable_basis("rotation", 4, 7, 3, 0.9)
-    block = ResidualBlock(128, 8, True, lambda c_in, c_out: GroupConv2d(c_in, c_out, basis, 4, True, bias=False))
-    block = block.to(args.device).eval()                                       # so that halves are independent
+    blocks = nn.Sequential(*(
+        ResidualBlock(128, channels, down, lambda c_in, c_out: GroupConv2d(c_in, c_out, basis, 4, True, bias=False))
+        for channels, down in ((128, False), (8, True))))
+    blocks = blocks.to(args.device).eval()                                     # so that halves are independent
     x = torch.randn(images, 4, 128, side, side, dtype=torch.float16 if args.device == "cuda" else torch.float32,
                     device=args.device)
 
     def both_ways(x):
         x = x.detach().requires_grad_()
         with run.precision(args.device, "float16" if args.device == "cuda" else "off"):
-            y = block(x.transpose(1, 2))
+            y = blocks(x.transpose(1, 2))
         (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
         return y.detach(), gradient
 
