@@ -4,11 +4,18 @@
 
 reads RUN/checkpoint.pt, which train.py wrote, trains the classifier, writes RUN/probe.json and prints the same.
 
+    python probe.py RUN --features FILE.npz
+
+writes what the classifier would read, for use elsewhere: train_features and test_features (N, D), train_labels and
+test_labels (N,). D runs over group elements, channels, rows and columns, in this order.
+
 Letters: N images, D numbers per representation, C channels, H W space.
 """
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -91,11 +98,26 @@ def write_result(out, settings, encoder, data, frozen_top1, epoch, chief=True):
     return result
 
 
+def write_features(path, settings, encoder, data, dtype):
+    """Write the features and labels of both splits, see above; returns their shapes, a dict."""
+    arrays = {}
+    for split in ("train", "test"):
+        images, labels = (getattr(data, f"{split}_{what}") for what in ("images", "labels"))
+        features = extract(encoder.eval(), data, images, settings["probe_grid"], settings["amp"])
+        arrays |= {f"{split}_features": features.cpu().numpy().astype(dtype), f"{split}_labels": labels.cpu().numpy()}
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    run.write_whole(path, content.getbuffer())
+    return {name: list(array.shape) for name, array in arrays.items()}
+
+
 def parse(argv=None):
     parser = run.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="a run's folder, the --out of train.py")
     parser.add_argument("--data-dir", help="folder of the data sets (default: the run's own)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is a GPU)")
+    parser.add_argument("--features", metavar="FILE.npz", help="write features and labels there, and do nothing else")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the features written")
     return parser.parse_args(argv)
 
 
@@ -115,6 +137,8 @@ def main(args):
     encoder.to(device)
     if device != s["device"]:
         s = s | dict(amp="off")                                                # that was chosen for another device
+    if args.features:
+        return print(json.dumps(write_features(args.features, s, encoder, data, args.dtype)))
     print(json.dumps(write_result(args.run, s, encoder, data, checkpoint["frozen_top1"], checkpoint["epoch"])))
 
 

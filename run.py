@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from data import SHAPES
 from hssl import Crops, Rotation, Scale, Translation
 from layers import DenseBackbone, MNISTBackbone, ResidualBackbone, Untied
 
@@ -76,37 +77,59 @@ def save_checkpoint(path, parts, **values):
     write_whole(path, content.getbuffer())
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, encoder_only=False):
     """Read a checkpoint of train.py to the CPU: the states of PARTS, settings, and the values that train.py saves.
 
-    Only tensors and plain values are read (weights_only), so no file can run code, and every checksum is verified.
+    Only tensors and plain values are read (weights_only), so no file can run code, and every checksum is verified; with
+    encoder_only the file need hold no more than encoder and settings, is mapped into memory, and is not verified.
     Raises a ValueError, in one line, if the file is missing, damaged, or not such a checkpoint.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            damaged = None if encoder_only else archive.testzip()
         if damaged:
             raise ValueError(f"wrong checksum in {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=encoder_only)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: train.py has saved no checkpoint there yet, or this is no run") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds more than tensors and plain values and was not loaded") from None
     except Exception as error:                                                 # a damaged file can fail in any way
         raise ValueError(f"{path} is damaged or not a checkpoint ({error}): use a copy of it, or train again") from None
-    keys = {*PARTS, "settings", "step", "epoch", "epoch_loss", "overflows", "frozen_top1", "random"}
+    keys = {"encoder", "settings"}
+    if not encoder_only:
+        keys |= {*PARTS, "step", "epoch", "epoch_loss", "overflows", "frozen_top1", "random"}
     if not (isinstance(checkpoint, dict) and keys <= checkpoint.keys() and isinstance(checkpoint["settings"], dict)):
         raise ValueError(f"{path} is not a checkpoint of train.py, which holds {', '.join(sorted(keys))}")
     return checkpoint
 
 
+def load_encoder(folder, device="cpu"):
+    """The trained encoder of a run's folder, in evaluation mode on the device, and the run's settings (the flags, a
+    dict). Images (B, C, H, W) must be normalised as `data.Dataset.batch` does it. Of the checkpoint only the encoder's
+    tensors are read. Raises a ValueError, in one line, for a checkpoint that is missing, foreign or of another version.
+    """
+    path = Path(folder) / "checkpoint.pt"
+    checkpoint = load_checkpoint(path, encoder_only=True)
+    with fitting(path):
+        settings = checkpoint["settings"]
+        encoder, _ = build(settings, *SHAPES[settings["dataset"]])
+        encoder.load_state_dict(checkpoint["encoder"])
+    return encoder.eval().to(device), settings
+
+
+class Unfit(ValueError):
+    """A checkpoint does not fit this version of the program; `call` ends the program with this line."""
+
+
 @contextlib.contextmanager
 def fitting(path):
-    """In this context, whatever the checkpoint at path lacks or has wrong ends the program in one line."""
+    """In this context, whatever the checkpoint at path lacks or has wrong raises an `Unfit`."""
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        stop(f"{path} does not fit this version of the program ({type(error).__name__}: {str(error)[:200]})")
+        message = f"{path} does not fit this version of the program ({type(error).__name__}: {str(error)[:200]})"
+        raise Unfit(message) from None
 
 
 def find_checkpoint(settings):
@@ -262,6 +285,8 @@ def call(main, args):
     """Run a program's main; a full disk, too little memory, or a tensor too large for PyTorch ends it in one line."""
     try:
         main(args)
+    except Unfit as error:
+        stop(error)
     except OSError as error:
         stop(f"cannot write: {error}; what was saved is intact: check folder and disk, and start again, with --resume")
     except RuntimeError as error:

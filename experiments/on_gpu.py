@@ -99,7 +99,7 @@ def finish(process, status=0):
 # ------------------------------------------------------------------------------------------------------------ the steps
 def tests(args):
     """all tests of the project"""
-    what = ["tests/test_lars.py"] if args.smallest else ["test_equivariance.py", "tests"]
+    what = ["tests/test_style.py"] if args.smallest else ["test_equivariance.py", "tests"]
     return finish(start(["-m", "pytest", "-q", *what])).splitlines()[-1], {}
 
 

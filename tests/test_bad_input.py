@@ -224,9 +224,9 @@ if not torch.cuda.is_available():
     RUNS["probe on a GPU that is not there"] = ("probe.py RUN --device cuda", lambda run: None, "CUDA GPU")
 
 COMMAND_LINES = {
-    "--epoch 3", "--widths 99999 99999 99999", "--views 5", "Tiny ImageNet with a cut cache", "disk full at a save",
-    "cut checkpoint", "malicious checkpoint", "batch of 64 for 3 processes", "probe without a run",
-    "probe of a malicious checkpoint", "probe with a full disk"}
+    "--epoch 3", "--widths 99999 99999 99999", "Tiny ImageNet with a cut cache", "disk full at a save",
+    "malicious checkpoint", "batch of 64 for 3 processes", "probe without a run", "probe of a malicious checkpoint",
+    "probe with a full disk"}
 glyphs_once = functools.cache(datasets.glyphs)
 
 

@@ -1,12 +1,15 @@
 """train.py and probe.py at the smallest size, on the CPU: what they print and write, every method, every default."""
+import copy
 import json
 import math
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import data
@@ -170,6 +173,58 @@ def test_byol_resumes_exactly(few_glyphs, tmp_path, monkeypatch):
     assert "target.1.0.weight" in straight["others"] and "predictor.0.weight" in straight["others"]
     for part in ("encoder", "head", "others"):
         assert all(torch.equal(value, resumed[part][name]) for name, value in straight[part].items())
+
+
+@pytest.mark.parametrize("flags", ("--amp bfloat16 --probe-grid 1", "--group translation --crop --method a-ssl"))
+def test_the_encoder_of_a_run(flags, few_glyphs, tmp_path):
+    """load_encoder gives the network that train.py saved, in evaluation mode, and its flags."""
+    checkpoint = train_here(tmp_path, *flags.split(), "--epochs", "1")
+    f, settings = run.load_encoder(tmp_path)
+    state = f.state_dict()
+    assert settings == checkpoint["settings"] and not f.training
+    assert state.keys() == checkpoint["encoder"].keys()
+    assert all(torch.equal(value, state[name]) for name, value in checkpoint["encoder"].items())
+    assert f(torch.zeros(2, 1, 28, 28)).shape == (2, 4, settings["group_size"], 7, 7)
+
+
+def test_the_encoder_alone_is_enough(few_glyphs, tmp_path):
+    """Head and momentum may be missing from the file, and are not read; what is needed and missing is a ValueError."""
+    checkpoint = train_here(tmp_path, "--epochs", "1")
+    torch.save({key: checkpoint[key] for key in ("encoder", "settings")}, tmp_path / "checkpoint.pt")
+    assert run.load_encoder(str(tmp_path))[1]["widths"] == [2, 3, 4]
+    with pytest.raises(ValueError, match="is not a checkpoint of train.py"):
+        run.load_checkpoint(tmp_path / "checkpoint.pt")
+    for spoil, message in ((lambda c: c.pop("settings"), "not a checkpoint"),
+                           (lambda c: c["encoder"].popitem(), "not fit"),
+                           (lambda c: c["settings"].pop("sigma"), "not fit")):
+        wrong = copy.deepcopy({key: checkpoint[key] for key in ("encoder", "settings")})
+        spoil(wrong)
+        torch.save(wrong, tmp_path / "checkpoint.pt")
+        with pytest.raises(ValueError, match=message):
+            run.load_encoder(tmp_path)
+    with pytest.raises(ValueError, match="is missing"):
+        run.load_encoder(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+def test_features_for_use_elsewhere(dtype, few_glyphs, tmp_path, capsys):
+    """Both splits in order: the 2x2 means of the maps, group elements first, then channels, rows and columns."""
+    train_here(tmp_path / "run", "--epochs", "1")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    capsys.readouterr()
+    flags = ["--device", "cpu", "--features", f"{tmp_path}/f.npz", "--dtype", dtype]
+    run.call(probe.main, probe.parse([str(tmp_path / "run"), *flags]))
+    assert json.loads(capsys.readouterr().out)["test_features"] == [100, 64]
+    arrays, some = np.load(tmp_path / "f.npz"), data.load("glyphs", "unused", train_images=200)
+    f, _ = run.load_encoder(tmp_path / "run")
+    for split, images, labels in (("train", some.train_images, some.train_labels),
+                                  ("test", some.test_images, some.test_labels)):
+        z = f(some.batch(images, torch.arange(len(images))))                                         # (N, C, G, H, W)
+        expected = F.adaptive_avg_pool2d(z.transpose(1, 2).flatten(1, 2), 2).flatten(1).detach().numpy()
+        assert arrays[f"{split}_features"].dtype == dtype
+        np.testing.assert_allclose(arrays[f"{split}_features"], expected, atol=1e-5 if dtype == "float32" else 1e-2)
+        assert (arrays[f"{split}_labels"] == labels.numpy()).all()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
 def test_probe_notices_a_moving_encoder(few_glyphs):
