@@ -111,7 +111,7 @@ def load_encoder(folder, device="cpu"):
     """
     path = Path(folder) / "checkpoint.pt"
     checkpoint = load_checkpoint(path, encoder_only=True)
-    with fitting(path):
+    with fitting(path), torch.random.fork_rng(devices=()):                     # the weights drawn at first do not count
         settings = checkpoint["settings"]
         encoder, _ = build(settings, *SHAPES[settings["dataset"]])
         encoder.load_state_dict(checkpoint["encoder"])

@@ -179,7 +179,9 @@ def test_byol_resumes_exactly(few_glyphs, tmp_path, monkeypatch):
 def test_the_encoder_of_a_run(flags, few_glyphs, tmp_path):
     """load_encoder gives the network that train.py saved, in evaluation mode, and its flags."""
     checkpoint = train_here(tmp_path, *flags.split(), "--epochs", "1")
+    before = torch.get_rng_state()
     f, settings = run.load_encoder(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
     state = f.state_dict()
     assert settings == checkpoint["settings"] and not f.training
     assert state.keys() == checkpoint["encoder"].keys()
