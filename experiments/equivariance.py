@@ -32,21 +32,25 @@ def on_layer(group, image_side, layer_side):
 
 @torch.no_grad()
 def layer_errors(encoder, group, x):
-    """Every layer's error, {layer: float}, on images x (B, C, H, W); layers without a map are left out."""
+    """Every layer's errors, {layer: one for each element but the identity}, on images x (B, C, H, W), in evaluation
+    mode. Layers without a map are left out; a network that is no nn.Sequential counts as one layer."""
     untied, errors = isinstance(encoder, Untied), {}
-    network = list(encoder.network if untied else encoder)
+    network = encoder.network if untied else encoder
+    network = list(network) if isinstance(network, torch.nn.Sequential) else [network]
     for count, layer in enumerate(network, 1):
         first = torch.nn.Sequential(*network[:count]).eval()
 
         def f(x):
             z = first(x)
-            return z.squeeze(2).unflatten(1, (-1, encoder.group_size)) if untied else z
+            if untied:
+                return z.squeeze(2).unflatten(1, (-1, encoder.group_size))
+            return z[:, :, None] if z.ndim == 4 and shifts else z              # an ordinary network's map
 
+        shifts = isinstance(group, (Translation, Crops))
         z = f(x[:1])
         if z.ndim == 5:
             moves, elements = on_layer(group, x.shape[-1], z.shape[-1])
-            on_base = not isinstance(moves, Translation)
-            errors[f"{count} {type(layer).__name__}"] = equivariance_error(f, moves, x, elements, on_base).mean().item()
+            errors[f"{count} {type(layer).__name__}"] = equivariance_error(f, moves, x, elements, on_base=not shifts)
     return errors
 
 
@@ -61,7 +65,8 @@ def main():
     for folder in map(Path, args.run):
         settings, data, group, *objectives = load_run(folder, args.data_dir)
         x = data.batch(data.test_images, torch.arange(args.images))
-        before, after = (layer_errors(objective.encoder, group, x) for objective in objectives)
+        before, after = ({layer: errors.mean().item() for layer, errors in layer_errors(o.encoder, group, x).items()}
+                         for o in objectives)
         found[folder.name] = dict(before=before, after=after, settings=settings, torch=torch.__version__)
         print(f"\n{folder.name}\n\n| layer | before training | after |\n| --- | --- | --- |")
         for layer in before:
