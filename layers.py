@@ -293,6 +293,32 @@ class ResidualBackbone(Backbone):
                 nn.init.normal_(module.weight, std=(2 * module.weight.shape[1] / module.weight.numel()) ** 0.5)
 
 
+class ResNet18Backbone(nn.Sequential):
+    """torchvision's ResNet-18 without pooling and classifier, for translation: (B, C, H, H) -> (B, 512, 1, H/s, H/s).
+
+    Images of 64 pixels and less get the 3x3 stem of work on CIFAR-10, and the stride s = 8; else s = 32. padding_mode:
+    see `MNISTBackbone`; circular makes shifts by s exact. Raises a ValueError for a side H that s does not divide.
+    """
+    def __init__(self, side, in_channels=3, padding_mode="zeros"):
+        from torchvision.models import resnet18                                # here, for it takes seconds
+        network, small = resnet18(), side <= 64
+        self.stride = 8 if small else 32
+        if side % self.stride:
+            raise ValueError(f"images are {side}x{side}, but ResNet-18 needs a side divisible by {self.stride}")
+        kernel, stride = (3, 1) if small else (7, 2)
+        stem = nn.Conv2d(in_channels, 64, kernel, stride, kernel // 2, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")                    # as in torchvision
+        circular = nn.Sequential(nn.CircularPad2d(1), nn.MaxPool2d(3, 2))
+        pool = nn.Identity() if small else circular if padding_mode == "circular" else network.maxpool
+        super().__init__(stem, network.bn1, network.relu, pool, *list(network.children())[4:8])
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.padding_mode = padding_mode
+
+    def forward(self, x):
+        return super().forward(x).unsqueeze(2)
+
+
 # ---------------------------------------------------------------------- the structure removed (section 4 of the paper)
 class Untied(nn.Module):
     """An ordinary network with a lifted one's activations, but no weight shared along the group.

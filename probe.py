@@ -13,12 +13,14 @@ Letters: N images, D numbers per representation, C channels, H W space.
 """
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.optim.swa_utils import update_bn
 
 import data as datasets
 import run
@@ -82,6 +84,24 @@ def probe(encoder, data, grid=2, epochs=100, lr=0.01, amp="off", batch_size=1000
                             for a, labels in ((x_test, data.test_labels), (x, data.train_labels)))
     return dict(top1=round(top1, 3), test_images=len(x_test), train_images=len(x), train_top1=round(train_top1, 3),
                 dimensions=x.shape[1])
+
+
+def frozen_accuracy(s, encoder, data):
+    """The yardstick, before the first step of a run with settings s: batch norm sees the training images once, then the
+    classifier. Several processes share both, and afterwards have the same statistics."""
+    index = torch.arange(len(data.train_images), device=data.train_images.device)
+    chunks = index.tensor_split(math.ceil(len(index) / 1000))                  # no chunk of one image
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    own = chunks[rank::world]
+    with run.precision(index.device, s["amp"]):
+        update_bn((data.batch(data.train_images, i) for i in own), encoder)    # a mean over chunks
+    for name, value in encoder.state_dict().items():
+        if world > 1 and "running" in name:
+            dist.all_reduce(value.mul_(len(own) / len(chunks)))
+    top1 = probe_as_set(s, encoder, data)["top1"]
+    if rank == 0:
+        print(f"frozen encoder: top-1 {top1:.2f} %", flush=True)
+    return top1
 
 
 def probe_as_set(s, encoder, data):

@@ -10,6 +10,7 @@ Letters: C channels, H W space.
 import argparse
 import contextlib
 import datetime
+import functools
 import io
 import json
 import math
@@ -27,13 +28,19 @@ import torch.distributed as dist
 
 from data import SHAPES
 from hssl import Crops, Rotation, Scale, Translation
-from layers import DenseBackbone, MNISTBackbone, ResidualBackbone, Untied
+from layers import DenseBackbone, MNISTBackbone, ResidualBackbone, ResNet18Backbone, Untied
 
 
 def build(settings, channels, side):
     """Make the encoder, and the group that moves its features, from the flags of train.py (a dict), for images of C =
     channels and H = W = side. Raises a ValueError where these do not fit each other."""
     s = SimpleNamespace(**settings)
+    shifts = functools.partial(Crops if s.crop else Translation, circular=s.padding == "circular")
+    if s.backbone == "resnet18":
+        if (s.group, s.structure) != ("translation", "group"):
+            raise ValueError("--backbone resnet18 is for --group translation --structure group: it has no group axis")
+        encoder = ResNet18Backbone(side, channels, s.padding)
+        return encoder, shifts(side // encoder.stride, s.base_space, encoder.stride)
     network = {"mnist": MNISTBackbone, "residual": ResidualBackbone}[s.backbone]
     if s.kernel_size > side:
         raise ValueError(f"--kernel-size {s.kernel_size} is larger than the {side}x{side} images")
@@ -57,8 +64,7 @@ def build(settings, channels, side):
         return encoder, Rotation(s.group_size, s.base_space)
     if s.group == "scale":
         return encoder, Scale(s.group_size, s.scale_step, s.base_space)
-    shifts = Crops if s.crop else Translation
-    return encoder, shifts(side // network.stride, s.base_space, network.stride, circular=s.padding == "circular")
+    return encoder, shifts(side // network.stride, s.base_space, network.stride)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -20,7 +20,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import update_bn
 
 import data as datasets
 import probe
@@ -41,6 +40,8 @@ DATASETS = {
     "cifar10": PAPER | RESIDUAL | dict(epochs=1300),
     "tiny-imagenet": PAPER | RESIDUAL | dict(epochs=1300, base_space=8),
 }
+BACKBONES = "mnist", "residual", "resnet18"
+RESNET18 = {"cifar10": dict(base_space=2, grid=0), "tiny-imagenet": dict(base_space=4, grid=0)}     # on 4x4 and 8x8
 GROUPS = dict(translation=dict(group_size=1), rotation=dict(group_size=4, base_space=1),
               scale=dict(group_size=3, base_space=1))
 
@@ -50,10 +51,13 @@ def parse(argv=None):
     p = run.Parser(description=__doc__.split("\n")[0], add_help=False, allow_abbrev=False)
     p.add_argument("--dataset", choices=DATASETS, default="glyphs", help="glyphs is drawn, others are downloaded")
     p.add_argument("--group", choices=GROUPS, help="what views differ by (default: %(default)s)")
+    p.add_argument("--backbone", choices=BACKBONES, help="SESN's two or torchvision's (default: %(default)s)")
     known, _ = p.parse_known_args(argv)
     defaults = DATASETS[known.dataset]
-    p.set_defaults(group=defaults["group"])
+    p.set_defaults(group=defaults["group"], backbone=defaults["backbone"])
     defaults = defaults | GROUPS[known.group or defaults["group"]]
+    if known.backbone == "resnet18":
+        defaults |= RESNET18.get(known.dataset, {})
     p.add_argument("--help", action="help", help="show this and the defaults in force for --dataset and --group")
 
     def add(flag, help, default=None, **options):
@@ -84,7 +88,6 @@ def parse(argv=None):
     add("--amp", choices=("float16", "bfloat16", "off"), help="half precision (default: float16 on cuda, off on cpu)")
     add("--device", choices=("cpu", "cuda"), help="where to train (default: cuda if there is a GPU)")
     # The encoder
-    add("--backbone", choices=("mnist", "residual"), help="SESN's network for MNIST or for STL-10")
     add("--depth", type=count, default=16, help="layers of the residual network, 6n + 4")
     add("--checkpoint-activations", action="store_true", default=False, help="residual: less memory, a third more work")
     add("--widths", type=count, nargs="+", metavar="C", help="channels of its 3 (mnist) or 4 (residual) stages")
@@ -239,22 +242,6 @@ def prepare(args, rank, local_rank, world, device, together):
     return data, group, objective, pairs, steps, checkpoint[0]
 
 
-def frozen_accuracy(args, encoder, data, rank, world):
-    """The yardstick: batch norm sees the training images once, then the detached classifier. Processes share both."""
-    index = torch.arange(len(data.train_images), device=data.train_images.device)
-    chunks = index.tensor_split(math.ceil(len(index) / 1000))                  # no chunk of one image
-    own = chunks[rank::world]
-    with run.precision(args.device, args.amp):
-        update_bn((data.batch(data.train_images, i) for i in own), encoder)    # a mean over chunks
-    for name, value in encoder.state_dict().items():
-        if world > 1 and "running" in name:
-            dist.all_reduce(value.mul_(len(own) / len(chunks)))
-    top1 = probe.probe_as_set(vars(args), encoder, data)["top1"]
-    if rank == 0:
-        print(f"frozen encoder: top-1 {top1:.2f} %", flush=True)
-    return top1
-
-
 def main(args):
     rank, local_rank, world, device, together = join_processes(args)
     chief, cuda = rank == 0, device.type == "cuda"
@@ -266,7 +253,7 @@ def main(args):
     except OverflowError:
         run.stop("--sigma, --scale-step and --group-size give filters beyond floating point: take smaller ones")
     encoder, path, images = objective.encoder, Path(args.out) / "checkpoint.pt", len(data.train_images)
-    frozen_top1 = checkpoint["frozen_top1"] if checkpoint else frozen_accuracy(args, encoder, data, rank, world)
+    frozen_top1 = checkpoint["frozen_top1"] if checkpoint else probe.frozen_accuracy(vars(args), encoder, data)
 
     # ---- processes, optimizer, schedule, half precision
     model = objective

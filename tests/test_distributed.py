@@ -60,13 +60,13 @@ def gradient(flags, rank=0, world=1):
     return {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
 
 
-def frozen(rank=0, world=1):
+def frozen():
     """What train.py measures before the first step, of 2,500 glyphs in three chunks: top-1, and batch norm's state."""
     args = train.parse([*SMALL, "--train-images", "2500"])
     torch.manual_seed(0)
     some = data.load("glyphs", "unused", train_images=2500)
     encoder, _ = run.build(vars(args), 1, 28)
-    top1 = train.frozen_accuracy(args, encoder, some, rank, world)
+    top1 = probe.frozen_accuracy(vars(args), encoder, some)
     features = probe.extract(encoder.eval(), some, some.test_images, grid=2)
     return dict(top1=top1, state=encoder.state_dict(), features=features)
 
@@ -77,7 +77,7 @@ def one_of_several(rank, world, folder, ports):
         record_run(folder, rank, world, method)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{world}", rank=rank, world_size=world)
     torch.save({flags: gradient(flags, rank, world) for flags in GRADIENTS}, folder / f"gradients-{world}-{rank}.pt")
-    torch.save(frozen(rank, world), folder / f"frozen-{world}-{rank}.pt")
+    torch.save(frozen(), folder / f"frozen-{world}-{rank}.pt")
     dist.destroy_process_group()
 
 

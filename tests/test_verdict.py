@@ -9,21 +9,11 @@ from torch.optim.swa_utils import update_bn
 import verdict
 from helpers import train_here
 from hssl import Rotation, Scale, Translation
-from layers import GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement, ResidualBackbone, steerable_basis
+from layers import (GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement, ResidualBackbone, ResNet18Backbone,
+                    steerable_basis)
 
 SMALL = dict(widths=(2, 3, 4), kernel_size=5)
 FILTERS = steerable_basis("rotation", 4, 5, 3, 0.9)
-
-
-def circular_resnet():
-    """torchvision's ResNet-18 without pooling and classifier, with circular padding and max-pooling."""
-    from torchvision.models import resnet18
-    network = nn.Sequential(*list(resnet18().children())[:-2])
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.padding_mode = "circular"
-    network[3] = nn.Sequential(nn.CircularPad2d(1), nn.MaxPool2d(3, stride=2))
-    return network
 
 
 def lifted(*layers):
@@ -57,7 +47,8 @@ NETWORKS = {
         lambda: ResidualBackbone("rotation", 4, (2, 3, 4, 5), 1, kernel_size=5), TURNS, 32, "exact", None, ""),
     "circular shifts": (
         lambda: MNISTBackbone(**SMALL, padding_mode="circular"), Translation(7, 4, 4, True), 28, "exact", None, ""),
-    "ResNet-18, circular shifts": (circular_resnet, Translation(3, 2, 32, True), 96, "exact", None, ""),
+    "ResNet-18, circular shifts": (
+        lambda: ResNet18Backbone(96, padding_mode="circular"), Translation(3, 2, 32, True), 96, "exact", None, ""),
     "eight orientations": (
         lambda: MNISTBackbone("rotation", 8, (2, 3, 4), kernel_size=7), Rotation(8), 56, "approximate", 1, "none of"),
     "stride on an even map": (
