@@ -25,8 +25,8 @@ import torch.nn.functional as F
 def equivariance_error(f, group, x, elements=None, on_base=False):
     """How far Eq. (1) is from holding: ‖f(T_g x) - Γ_g f(x)‖ / ‖Γ_g f(x)‖ for each g, (M,).
 
-    0 up to rounding is exact equivariance, 1 an error as large as the features, and unrelated features give about √2. f
-    is any function of images (B, C, H, W) to features (B, C', G, H', W'). on_base compares on the base space alone,
+    0 up to rounding is exact equivariance, 1 an error as large as the features, and unrelated features give about √2.
+    f is any function of images (B, C, H, W) to features (B, C', G, H', W'). on_base compares on the base space alone,
     clear of borders and axis ends.
     """
     z, errors = f(x), []

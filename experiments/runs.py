@@ -111,15 +111,15 @@ def load_run(folder, data_dir=None):
             s = SimpleNamespace(**checkpoint["settings"])
             chosen = s.dataset, data_dir or s.data_dir, "cpu", s.train_images
         data = datasets.load(*chosen)
+        with run.fitting(path):
+            torch.manual_seed(s.seed)                                          # the weights that train.py began with
+            encoder, group = run.build(vars(s), *data.train_images.shape[1:3])
+            before = train.make_objective(s, encoder, group, data)
+            index = torch.arange(len(data.train_images))
+            update_bn((data.batch(data.train_images, i) for i in index.split(1000)), encoder)
+            after = copy.deepcopy(before)
+            after.encoder.load_state_dict(checkpoint["encoder"])
+            after.head.load_state_dict(checkpoint["head"])
     except ValueError as error:
         run.stop(error)
-    with run.fitting(path):
-        torch.manual_seed(s.seed)                                              # the weights that train.py began with
-        encoder, group = run.build(vars(s), *data.train_images.shape[1:3])
-        before = train.make_objective(s, encoder, group, data)
-        index = torch.arange(len(data.train_images))
-        update_bn((data.batch(data.train_images, i) for i in index.split(1000)), encoder)
-        after = copy.deepcopy(before)
-        after.encoder.load_state_dict(checkpoint["encoder"])
-        after.head.load_state_dict(checkpoint["head"])
     return Run(vars(s), data, group, before.eval(), after.eval())
