@@ -27,15 +27,20 @@ import run
 from hssl import readout
 
 
+def processes():
+    """The rank of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 @torch.no_grad()
 def extract(encoder, data, images, grid, amp="off", batch_size=1000):
     """Represent images (N, C, H, W) uint8 by all maps of an encoder, averaged to grid x grid: (N, D) float32.
 
     amp: the encoder's precision, as for `--amp`. Several processes take an equal share each, and all get the whole.
     """
-    n, world = len(images), dist.get_world_size() if dist.is_initialized() else 1
+    n, (rank, world) = len(images), processes()
     share = -(-n // world)                                                     # rounded up: a few images come twice
-    index = torch.arange(share, device=images.device) + share * (dist.get_rank() if world > 1 else 0)
+    index = torch.arange(share, device=images.device) + share * rank
     with run.precision(images.device, amp):
         own = torch.cat([readout(encoder(data.batch(images, i % n)), grid).float() for i in index.split(batch_size)])
     if world == 1:
@@ -86,20 +91,24 @@ def probe(encoder, data, grid=2, epochs=100, lr=0.01, amp="off", batch_size=1000
                 dimensions=x.shape[1])
 
 
-def frozen_accuracy(s, encoder, data):
-    """The yardstick, before the first step of a run with settings s: batch norm sees the training images once, then the
-    classifier. Several processes share both, and afterwards have the same statistics."""
+def take_statistics(encoder, data, amp="off"):
+    """Let batch norm see the training images once. Several processes share them, and then have the same statistics."""
     index = torch.arange(len(data.train_images), device=data.train_images.device)
     chunks = index.tensor_split(math.ceil(len(index) / 1000))                  # no chunk of one image
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     own = chunks[rank::world]
-    with run.precision(index.device, s["amp"]):
+    with run.precision(index.device, amp):
         update_bn((data.batch(data.train_images, i) for i in own), encoder)    # a mean over chunks
     for name, value in encoder.state_dict().items():
         if world > 1 and "running" in name:
             dist.all_reduce(value.mul_(len(own) / len(chunks)))
+
+
+def frozen_accuracy(s, encoder, data):
+    """The yardstick, before the first step of a run with settings s: statistics, then the classifier; top-1."""
+    take_statistics(encoder, data, s["amp"])
     top1 = probe_as_set(s, encoder, data)["top1"]
-    if rank == 0:
+    if processes()[0] == 0:
         print(f"frozen encoder: top-1 {top1:.2f} %", flush=True)
     return top1
 
@@ -109,11 +118,11 @@ def probe_as_set(s, encoder, data):
     return probe(encoder, data, s["probe_grid"], s["probe_epochs"], s["probe_lr"], s["amp"], seed=s["seed"])
 
 
-def write_result(out, settings, encoder, data, frozen_top1, epoch, chief=True):
-    """Probe a run's encoder, now at the end of an epoch; returns a dict, which the chief writes to OUT/probe.json."""
+def write_result(out, settings, encoder, data, frozen_top1, epoch):
+    """Probe a run's encoder, now at the end of an epoch; returns a dict, which one process writes to OUT/probe.json."""
     result = probe_as_set(settings, encoder, data)
     result |= dict(frozen_top1=frozen_top1, method=settings["method"], epoch=epoch)
-    if chief:
+    if processes()[0] == 0:
         run.write_whole(Path(out) / "probe.json", json.dumps(result).encode() + b"\n")
     return result
 

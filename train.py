@@ -324,7 +324,7 @@ def main(args):
     # ---- the detached classifier on the trained encoder; all stay, for torchrun ends what outlasts the others
     for value in encoder.buffers() if world > 1 else ():
         dist.broadcast(value, 0)                                               # on CPUs batch norms go their own way
-    result = probe.write_result(args.out, vars(args), encoder, data, frozen_top1, epochs, chief)
+    result = probe.write_result(args.out, vars(args), encoder, data, frozen_top1, epochs)
     if chief:
         print(f"top-1 on {result['test_images']} test images: frozen {frozen_top1:.2f} %, "
               f"{args.method} {result['top1']:.2f} %")

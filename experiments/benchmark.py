@@ -61,7 +61,7 @@ def convolution(group, group_size, extent, c_in, c_out, side, images, device):
         parameters = list(parameters)
 
         def both():
-            with torch.autocast(device, torch.float16, enabled=device == "cuda"):                    # as train.py does
+            with run.precision(device, "float16" if device == "cuda" else "off"):                    # as train.py does
                 y = f(x)
             torch.autograd.grad(y, (x, *parameters), torch.ones_like(y))
         return both
@@ -240,9 +240,12 @@ def sizes(args):
                     encoder(two)
                 multiply_adds = (counter.get_total_flops() - 2 * first) / 2
             memory = []
-            for flags in itertools.product(("", "--checkpoint-activations"), ("h-ssl", "a-ssl")):
-                peak, _ = step_memory(f"--dataset {dataset} --group {group} {flags[0]} --method {flags[1]}", images=512)
-                memory.append("" if flags[0] and dataset == "mnist" else f"{peak / 2**30:.1f} GiB")
+            for extra, method in itertools.product(("", "--checkpoint-activations"), ("h-ssl", "a-ssl")):
+                if extra and dataset == "mnist":                               # no residual blocks
+                    memory.append("")
+                    continue
+                peak, _ = step_memory(f"--dataset {dataset} --group {group} --method {method} {extra}", images=512)
+                memory.append(f"{peak / 2**30:.1f} GiB")
             row(f"{dataset}, {group}", f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M",
                 f"{multiply_adds / 1e9:.2f} G", *memory)
 

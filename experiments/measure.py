@@ -56,7 +56,7 @@ def training_step(flags, device):
         return data.batch(images, torch.randperm(args.batch_size, device=device)), *elements[chosen].unbind(1)
 
     def step(x, *g):
-        with torch.autocast(device, getattr(torch, args.amp, None), enabled=args.amp != "off"):
+        with run.precision(device, args.amp):
             loss = objective(x, *g)
         optimizer.zero_grad()
         scaler.scale(loss).backward()

@@ -20,11 +20,11 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from torch.optim.swa_utils import update_bn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))              # for every script of this folder: they import from here first
 import data as datasets                                                                              # noqa: E402
+import probe                                                                                         # noqa: E402
 import run                                                                                           # noqa: E402
 import train                                                                                         # noqa: E402
 
@@ -115,8 +115,7 @@ def load_run(folder, data_dir=None):
             torch.manual_seed(s.seed)                                          # the weights that train.py began with
             encoder, group = run.build(vars(s), *data.train_images.shape[1:3])
             before = train.make_objective(s, encoder, group, data)
-            index = torch.arange(len(data.train_images))
-            update_bn((data.batch(data.train_images, i) for i in index.split(1000)), encoder)
+            probe.take_statistics(encoder, data)
             after = copy.deepcopy(before)
             after.encoder.load_state_dict(checkpoint["encoder"])
             after.head.load_state_dict(checkpoint["head"])

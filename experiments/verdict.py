@@ -44,14 +44,14 @@ def judge(error, group):
 
 def causes(layer, group, shapes):
     """Which of the usual causes a layer has: a list of sentences. shapes: of each module's input and output."""
-    found = []
+    found, after = [], shapes[layer][1]
     for module in layer.modules():
-        before, after = shapes.get(module, (None, ())), shapes[layer][1]
+        before, _ = shapes.get(module, (None, None))
         stride = getattr(module, "stride", 1)
         stride = max(stride) if isinstance(stride, tuple) else stride or 1
-        if isinstance(stride, int) and stride > 1 and before[0] and not isinstance(module, Backbone):
-            if before[0][-1] % stride:
-                found.append(f"a map of {before[0][-1]} is not divisible by the stride {stride}: its end is cut off")
+        if isinstance(stride, int) and stride > 1 and before and not isinstance(module, Backbone):
+            if before[-1] % stride:
+                found.append(f"a map of {before[-1]} is not divisible by the stride {stride}: its end is cut off")
             elif hasattr(module, "weight") and isinstance(group, Rotation):
                 found.append(f"a stride of {stride} on an even map reads one corner of each cell, and a turn moves it: "
                              "take means or maxima of the cells")

@@ -116,7 +116,7 @@ def test_the_benchmark_s_step_trains(flags, monkeypatch):
 
 def toy_list(folder):
     """on_gpu.py at toy size on the CPU, with one step that is done already; returns its status and what it printed."""
-    (folder / "huge.json").write_text(json.dumps(dict(result="done before", seconds=1, details={})))
+    (folder / "sync_batch_norm.json").write_text(json.dumps(dict(result="done before", seconds=1, details={})))
     process = start("experiments/on_gpu.py", "--device", "cpu", "--smallest", "--out", folder, stdout=subprocess.PIPE)
     return process.communicate()[0], process.returncode
 
@@ -128,7 +128,7 @@ def test_the_list_for_a_gpu(job):
     record = json.loads((folder / "on_gpu.json").read_text())
     assert status == 0 and record["smallest"] and list(record["steps"]) == list(on_gpu.STEPS)
     assert all(f"| {name} | {step['result']} | " in printed for name, step in record["steps"].items())
-    assert record["steps"]["huge"]["result"] == "done before"
+    assert record["steps"]["sync_batch_norm"]["result"] == "done before"
     waits = record["steps"]["waits"]["details"]
     assert len(waits) == 13 and set(waits.values()) == {0}
     resumed, undisturbed = re.findall(r"then (.*); undisturbed (.*)", record["steps"]["interrupted"]["result"])[0]

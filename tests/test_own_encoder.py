@@ -22,7 +22,7 @@ def losses_and_gradients(f, group, x, g1, g2):
 
 
 @pytest.mark.parametrize("side, stride", ((32, 8), (64, 32)))
-def test_resnet18_with_circular_padding(side, stride, monkeypatch):
+def test_resnet18_with_circular_padding(side, stride):
     """With the 3x3 stem (CIFAR-10's size) and with torchvision's own, every shift by the stride is exact."""
     f = ResNet18Backbone(side if stride == 8 else 96, padding_mode="circular")
     group = Translation(side // stride, 1, stride, circular=True)
