@@ -5,16 +5,23 @@ processes and no Python per image.
 
 Letters: N images of a split, B batch, C channels, H W space, P pairs (or larger sets) of views to choose from.
 """
+import fcntl
+import hashlib
+import json
 import os
+import shutil
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+LAYOUTS = "train/CLASS/... with val/CLASS/... or test/CLASS/..., or images without classes"
 SHAPES = {"glyphs": (1, 28), "mnist": (1, 28), "cifar10": (3, 32), "tiny-imagenet": (3, 64)}         # C, H = W
 
 
@@ -22,8 +29,9 @@ SHAPES = {"glyphs": (1, 28), "mnist": (1, 28), "cifar10": (3, 32), "tiny-imagene
 class Dataset:
     """Two splits of labelled images, and how to normalise them.
 
-    Images are (N, C, H, W) uint8, labels (N,) int64; mean and std are on the scale of 0 to 1. Where the mean is 0,
-    black is 0 after normalisation too, and meets zero padding, and what enters a transformed image, without an edge.
+    Images are (N, C, H, W) uint8, labels (N,) int64, all -1 where there are 0 classes; mean and std are on the scale of
+    0 to 1. Where the mean is 0, black is 0 after normalisation too, and meets zero padding, and what enters a
+    transformed image, without an edge.
     """
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -38,45 +46,48 @@ class Dataset:
         return images.index_select(0, index).float().sub_(255 * self.mean).div_(255 * self.std)
 
 
-def load(name, folder, device="cpu", train_images=None):
-    """Load "glyphs" (drawn on the spot), "mnist", "cifar10" or "tiny-imagenet" (downloaded into folder when absent).
+def load(name, folder, device="cpu", train_images=None, image_size=None, validate=None):
+    """Load "glyphs" (drawn on the spot), "mnist", "cifar10" or "tiny-imagenet" (downloaded into folder when absent), or
+    "folder": the images in folder, image_size pixels (64) wide and high.
 
-    train_images is how many training images to keep, from the first; the test split stays whole. Raises a ValueError,
-    in one line, for an unknown name, files that cannot be downloaded or read, or too few images.
+    validate training images, the last, are held out in place of the test split; of the rest, or of all, the first
+    train_images are kept. Raises a ValueError, in one line, for an unknown name, files that cannot be downloaded or
+    read, too few images, or an image_size for another data set.
     """
-    loaders = {"glyphs": lambda folder: glyphs(), "mnist": mnist, "cifar10": cifar10, "tiny-imagenet": tiny_imagenet}
+    loaders = {"glyphs": lambda folder: glyphs(), "mnist": mnist, "cifar10": cifar10, "tiny-imagenet": tiny_imagenet,
+               "folder": lambda folder: image_folder(folder, 64 if image_size is None else image_size)}
     if name not in loaders:
         raise ValueError(f"there is no data set {name!r}, only {', '.join(loaders)}")
+    if image_size is not None and name != "folder":
+        raise ValueError(f"{name}'s images are {SHAPES[name][1]} pixels wide: an image size is for \"folder\" only")
     data = loaders[name](folder)
-    total = len(data.train_images)
-    keep = total if train_images is None else train_images
-    if not 1 <= keep <= total:
-        raise ValueError(f"{name} has {total} training images, so {keep} of them cannot be taken")
+    total, held = len(data.train_images), validate or 0
+    keep = total - held if train_images is None else train_images
+    if held < 0 or not 1 <= keep <= total - held:
+        raise ValueError(f"{name} has {total} training images, so {keep} cannot be taken and {held} held out")
     train, test = (data.train_images[:keep], data.train_labels[:keep]), (data.test_images, data.test_labels)
+    test = (data.train_images[total - held:], data.train_labels[total - held:]) if held else test
     return Dataset(*(t.to(device) for t in (*train, *test)), data.classes, data.mean, data.std)
 
 
 # ---------------------------------------------------------------------------------------------- MNIST and CIFAR-10
 def mnist(folder):
     """MNIST: 60,000 training and 10,000 test images, 1x28x28, 10 classes. Errors as for `load`."""
-    files = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    raw = Path(folder, "MNIST", "raw")
-    splits = _torchvision("MNIST", folder, (28, 28), f"{', '.join(files)} (or their .gz) into {raw}")
-    return Dataset(*splits, classes=10, mean=0.0, std=0.3081)
+    files = ", ".join(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+    remedy = f"{files} (or their .gz) into {Path(folder, 'MNIST', 'raw')}"
+    return Dataset(*_torchvision("MNIST", folder, (28, 28), remedy), classes=10, mean=0.0, std=0.3081)
 
 
 def cifar10(folder):
     """CIFAR-10: 50,000 training and 10,000 test images, 3x32x32, 10 classes. Errors as for `load`."""
     remedy = (f"cifar-10-python.tar.gz into {folder}, or its data_batch_1 to data_batch_5, test_batch and batches.meta "
               f"into {Path(folder, 'cifar-10-batches-py')}")
-    splits = _torchvision("CIFAR10", folder, (32, 32, 3), remedy)
-    return Dataset(*splits, classes=10, mean=0.4734, std=0.2516)
+    return Dataset(*_torchvision("CIFAR10", folder, (32, 32, 3), remedy), classes=10, mean=0.4734, std=0.2516)
 
 
 def _torchvision(name, folder, shape, remedy):
     """Read torchvision's data set of that name: training images, training labels, test images, test labels."""
     from torchvision import datasets                                           # here, for it takes seconds
-
     splits = []
     for split in ("training", "test"):
         try:
@@ -101,35 +112,14 @@ TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1
 
 
 def tiny_imagenet(folder):
-    """Tiny ImageNet: 100,000 training images, 10,000 labelled validation images (our test split), 3x64x64, 200 classes.
-
-    The JPEG files are decoded once into FOLDER/tiny-imagenet-200-decoded, whose four arrays later runs map into memory:
-    that takes no time, and processes of one machine share the pages. Errors as for `load`.
-    """
+    """Tiny ImageNet: 100,000 training and 10,000 (validation) test images, 3x64x64, 200 classes. Errors: `load`'s."""
     tree, cache = Path(folder) / "tiny-imagenet-200", Path(folder) / "tiny-imagenet-200-decoded"
-    try:
-        if not cache.exists():
-            if not tree.exists():
-                _download_tiny_imagenet(Path(folder), tree)
-            _decode_tiny_imagenet(tree, cache)
-        arrays = []
-        for split in ("train", "val"):
-            images, labels = (torch.from_numpy(np.load(cache / f"{split}_{what}.npy", mmap_mode="c"))
-                              for what in ("images", "labels"))
-            if images.shape != (len(labels), 3, 64, 64) or images.dtype != torch.uint8 or labels.dtype != torch.int64:
-                raise ValueError(f"{split}: images {tuple(images.shape)}, {len(labels)} labels")
-            arrays += images, labels
-    except (ValueError, OSError, EOFError) as error:
-        if cache.exists():
-            raise ValueError(f"{cache} is damaged ({error}): delete it, and the images are decoded again") from None
-        raise ValueError(str(error)) from None
-    return Dataset(*arrays, classes=200, mean=0.442, std=0.278)
+    return _decoded_once(cache, lambda part: _decode_tiny_imagenet(tree, part))
 
 
 def _download_tiny_imagenet(folder, tree):
     """Unpack beside the tree and rename, so that an interrupted download never looks like a finished one."""
     from torchvision.datasets.utils import download_and_extract_archive
-
     (address, md5), part = TINY_IMAGENET, folder / "tiny-imagenet-200-part"
     try:
         download_and_extract_archive(address, folder, part, md5=md5)
@@ -140,39 +130,171 @@ def _download_tiny_imagenet(folder, tree):
                          f"{address} into {folder}, or its unpacked folder {tree.name}") from None
 
 
-def _decode_tiny_imagenet(tree, cache):
+def _decode_tiny_imagenet(tree, part):
     """Decode all images, the first of every class before the second, so that any first part has all classes."""
+    if not tree.exists():
+        _download_tiny_imagenet(tree.parent, tree)
     try:
         classes = {name: k for k, name in enumerate((tree / "wnids.txt").read_text().split())}
         rows = [line.split("\t") for line in (tree / "val" / "val_annotations.txt").read_text().splitlines()]
-        splits = {"val": [(tree / "val" / "images" / row[0], classes[row[1]]) for row in rows]}
+        test = [(tree / "val" / "images" / row[0], classes[row[1]]) for row in rows]
     except (OSError, LookupError) as error:
         raise ValueError(f"{tree} is incomplete ({_in_one_line(error)}): delete it to download it again") from None
     of_class = [sorted((tree / "train" / name / "images").glob("*.JPEG"), key=lambda p: (len(p.name), p.name))
                 for name in classes]
     counts = {len(paths) for paths in of_class}
     if len(classes) != 200 or len(counts) != 1 or 0 in counts:
-        raise ValueError(f"{tree} is incomplete: {len(classes)} classes of {min(counts, default=0)} to "
-                         f"{max(counts, default=0)} training images in place of 200 of equally many; delete it to "
-                         "download it again")
-    splits["train"] = [(path, k) for same_place in zip(*of_class) for k, path in enumerate(same_place)]
+        raise ValueError(f"{tree} has {len(classes)} classes of {min(counts, default=0)} to {max(counts, default=0)} "
+                         "training images, not 200 of equally many: delete it to download it again")
+    train = [(path, k) for same_place in zip(*of_class) for k, path in enumerate(same_place)]
+    paths, labels = zip(*train, *test)
+    for path, why in zip(paths, _decode(paths, (3, 64, 64), part, _list_files(tree)[1])):
+        if why:
+            raise ValueError(f"{path} is missing or damaged ({why}): delete {tree} to download again")
+    return dict(shape=(len(paths), 3, 64, 64), train=len(train), labels=labels, classes=200, mean=0.442, std=0.278)
 
-    part = cache.with_name(cache.name + "-part")
-    part.mkdir(exist_ok=True)
-    for split, rows in splits.items():
-        shape = len(rows), 3, 64, 64
-        images = np.lib.format.open_memmap(part / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=shape)
-        for i, (path, _) in enumerate(rows, 1):
-            try:
-                images[i - 1] = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{path} is missing or damaged ({error}): delete {tree} to download again") from None
-            if i == len(rows) or i % 1000 == 0 and sys.stdout.isatty():
-                end = "\n" if i == len(rows) else ""
-                print(f"\rdecoding Tiny ImageNet, {split}: {i} of {len(rows)}", end=end, flush=True)
-        images.flush()
-        np.save(part / f"{split}_labels.npy", np.array([label for _, label in rows], dtype=np.int64))
-    os.replace(part, cache)
+
+# ---------------------------------------------------------------------- image files, decoded once, and your own ones
+def _decoded_once(cache, decode, listing=None):
+    """The data set that decode(part) puts into `cache`, mapped into memory; done again when the listing has changed."""
+    part, about = cache.with_name(cache.name + "-part"), cache / "about.json"
+    try:
+        if cache.exists() and json.loads(about.read_text()).get("listing") != listing:
+            print(f"{cache} is of files that have changed: all are decoded anew", flush=True)
+            shutil.rmtree(cache)
+        if not cache.exists():
+            part.mkdir(parents=True, exist_ok=True)
+            with open(part / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)                               # others wait for the one that decodes
+                if not cache.exists():
+                    (part / about.name).write_text(json.dumps(decode(part) | dict(listing=listing)))
+                    os.replace(part, cache)
+        about = json.loads(about.read_text())
+        images = torch.from_numpy(np.memmap(cache / "images", np.uint8, "c").reshape(about["shape"]))
+    except (OSError, ValueError, LookupError) as error:
+        if cache.exists():
+            raise ValueError(f"{cache} is damaged ({error}): delete it, and the images are decoded again") from None
+        raise ValueError(f"cannot write {part} ({error})" if isinstance(error, OSError) else str(error)) from None
+    n, labels = about["train"], torch.tensor(about["labels"])
+    return Dataset(images[:n], labels[:n], images[n:], labels[n:], about["classes"], about["mean"], about["std"])
+
+
+def _decode(paths, shape, part, listing):
+    """Append the pixels to part/images, from where a stopped decoding ended; returns "" or why it failed for each."""
+    key, size = hashlib.sha256(f"{listing}{shape}{paths}".encode(errors="replace")).hexdigest(), int(np.prod(shape))
+    with open(part / "images", "ab") as images, open(part / "records", "a+b", buffering=0) as records:
+        records.seek(0)
+        first, *lines = records.read().decode().split("\n")[:-1] or [""]       # the key, and what is returned
+        stored = images.tell() // size if first == key else -1
+        lines = lines[:np.searchsorted(np.cumsum([not why for why in lines]), stored, side="right")]
+        images.truncate(size * lines.count(""))                                # both back to what both have
+        records.truncate(0)
+        records.write("".join(f"{line}\n" for line in [key, *lines]).encode())
+        paths = paths[len(lines):]
+        for pixels, path in zip(_for_each(lambda image: _pixels(image, *shape[:2]), paths, f"into {part}"), paths):
+            why = pixels if isinstance(pixels, str) else ""
+            if why and not path.parent.exists():
+                raise ValueError(f"{path.parent} has vanished; once it is back, start again, and the decoding goes on")
+            images.write(b"" if why else pixels.tobytes())
+            records.write(f"{why}\n".encode(errors="replace"))
+            lines.append(why)
+    return lines
+
+
+def _for_each(function, paths, what):
+    """Yield function(opened image) of each, by as many threads as cores; for what fails, a str says why."""
+    def attempt(path):
+        try:
+            with Image.open(path) as image:                                    # reads the header alone
+                return function(image)
+        except Exception as error:                                             # a file can make it fail in any way
+            return _in_one_line(error).replace(f" {str(path)!r}", "")
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                        # Pillow's, of odd metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)         # every thread may hold such an image
+        for i in range(0, len(paths), 512):                                    # not all at once, to bound the memory
+            yield from pool.map(attempt, paths[i:i + 512])
+            last = i + 512 >= len(paths)
+            if last or sys.stdout.isatty():
+                print(f"\r{what}: {min(i + 512, len(paths))} of {len(paths)}", end="\n" * last, flush=True)
+
+
+def _pixels(image, channels, side):
+    """Upright, on black, the shorter side resized to `side`, centre-cropped: (channels, side, side) uint8."""
+    image.draft(None, (2 * side, 2 * side))                                    # a JPEG at 1/2, 1/4, 1/8 of its size
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":                                                  # L would clip 16 bits
+        values = np.asarray(image) / 257
+        if image.mode == "F" or values.max() > 255:
+            raise ValueError("more than 16 bits of grey")
+        image = Image.fromarray(values.round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (side, side), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(side, side, channels).transpose(2, 0, 1)
+
+
+def _list_files(folder):
+    """The relative paths of all files that are not hidden, and a hash of these, their sizes and their times."""
+    paths, errors, listing = [], [], hashlib.sha256()
+    for root, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for path in sorted(os.path.join(root, name) for name in names if name[0] != "."):
+            stat = os.stat(path, follow_symlinks=os.path.exists(path))         # of a link to nothing: its own
+            paths.append(os.path.relpath(path, folder))
+            listing.update(os.fsencode(f"{paths[-1]}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
+    if errors or not paths:
+        raise ValueError(f"cannot read {folder} ({errors[0] if errors else 'no files'}): expected {LAYOUTS}")
+    return paths, listing.hexdigest()
+
+
+def image_folder(folder, side=64):
+    """Your own images in one of LAYOUTS, resized and cropped to C x side x side; C is 1 if all are grey, else 3.
+
+    They are decoded once into FOLDER-decoded-SIDE. Their order is random, but the same for the same files. Without val/
+    and test/ the last tenth of the training images is held out as the test split. Errors as for `load`.
+    """
+    folder = Path(os.path.abspath(folder))
+    cache, (paths, listing) = folder.with_name(f"{folder.name}-decoded-{side}"), _list_files(folder)
+    return _decoded_once(cache, lambda part: _decode_folder(folder, paths, listing, side, part), listing)
+
+
+def _decode_folder(folder, paths, listing, side, part):
+    """Find splits, classes and channels by the files' headers, decode, and say what was found."""
+    splits = [name for name in ("train", "val", "test") if any(path.startswith(f"{name}/") for path in paths)]
+    splits = splits[:2] if "train" in splits else []
+    paths = [path for path in paths if not splits or path.split("/")[0] in splits]
+    grey = _for_each(lambda image: Image.getmodebase(image.mode) == "L", [folder / path for path in paths], "headers")
+    found = dict(zip(paths, list(grey)))                                       # whether it is grey, or why it fails
+    rows = [(path, path.split("/")[0] in splits[1:], path.split("/")[1] if splits and path.count("/") > 1 else None)
+            for path in (paths[i] for i in np.random.default_rng(0).permutation(len(paths))) if found[path] in (0, 1)]
+    rows.sort(key=lambda row: row[1])                                          # training first, each as drawn
+    classes = sorted({name for _, test, name in rows if name and not test})
+    for path, _, name in rows:
+        if classes and name not in classes:
+            raise ValueError(f"{folder / path} is in none of the {len(classes)} class folders of {folder / 'train'}")
+    n = len(rows) - sum(test for _, test, _ in rows)
+    print(f"{n} training images, {f'{len(classes)} classes' if classes else 'no classes (they need train/CLASS/...)'}, "
+          f"{f'{len(rows) - n} test images in {splits[1]}' if n < len(rows) else 'a tenth held out as the test split'}")
+    shape = 3 if False in found.values() else 1, side, side
+    found |= zip((row[0] for row in rows), _decode([folder / row[0] for row in rows], shape, part, listing))
+    bad = [f"{path} ({why})" for path, why in found.items() if why]
+    if bad:
+        text = f"{len(bad)} of {len(paths)} files are no images: {', '.join(bad[:5] + ['...'] * (len(bad) > 5))}"
+        if 2 * len(bad) > len(paths):
+            raise ValueError(f"{folder}: {text}; expected {LAYOUTS}")
+        print(text, flush=True)
+    rows = [row for row in rows if not found[row[0]]]
+    n = len(rows) - sum(test for _, test, _ in rows)
+    n -= max(1, n // 10) if n == len(rows) else 0
+    if n < 2:
+        raise ValueError(f"{folder} has {len(rows)} images, too few to train and test with: expected {LAYOUTS}")
+    pixels = np.memmap(part / "images", np.uint8, "r")[:min(n, 10_000) * np.prod(shape)]
+    counts, value = np.histogram(pixels, 256, (0, 256))[0], np.arange(256) / 255
+    mean = np.average(value, weights=counts)
+    std = np.average((value - mean) ** 2, weights=counts) ** 0.5 or 1.0        # of one colour: as it is
+    return dict(shape=(len(rows), *shape), train=n, classes=len(classes), class_names=classes, mean=mean, std=std,
+                labels=[classes.index(name) if classes else -1 for _, _, name in rows])
 
 
 # --------------------------------------------------------------------------------------------------------- glyphs
@@ -183,8 +305,7 @@ def glyphs(train=10_000, test=2_000, seed=0):
     """Draw the built-in data set: characters in any orientation, 1x28x28, 10 classes, the same for the same seed.
 
     Each image shows one of GLYPHS in Pillow's own font, at random turned (0 to 360 degrees), sized (0.65 to 1 times 24
-    pixel type), shifted (up to 2 pixels each way), of one of four stroke weights, with Gaussian noise (σ = 0.1 of
-    white).
+    pixel type), shifted (up to 2 pixels each way), of one of four stroke weights, with Gaussian noise (σ = 0.1).
     """
     count, side, over = train + test, 28, 4                                    # drawn 4 times as large
     generator = torch.Generator().manual_seed(seed)

@@ -142,14 +142,14 @@ FOLDERS = {
     "Tiny ImageNet without a validation image": (
         "tiny-imagenet", lambda tree: (tree / "val" / "images" / "val_9.JPEG").unlink(), "val_9.JPEG"),
     "Tiny ImageNet with a cut cache": (
-        "tiny-imagenet", lambda tree: cut(decode(tree) / "train_images.npy", 100_000),
+        "tiny-imagenet", lambda tree: cut(decode(tree) / "images", 100_000),
         "tiny-imagenet-200-decoded is damaged"),
     "Tiny ImageNet with half a cache": (
-        "tiny-imagenet", lambda tree: (decode(tree) / "val_labels.npy").unlink(),
+        "tiny-imagenet", lambda tree: (decode(tree) / "about.json").unlink(),
         "tiny-imagenet-200-decoded is damaged"),
-    "Tiny ImageNet with a cache of other lengths": (
-        "tiny-imagenet", lambda tree: shutil.copy(decode(tree) / "val_labels.npy", decode(tree) / "train_labels.npy"),
-        "200 labels"),
+    "Tiny ImageNet with a cache that is too long": (
+        "tiny-imagenet", lambda tree: shutil.copy(an_image(tree), decode(tree) / "images"),
+        "tiny-imagenet-200-decoded is damaged"),
 }
 
 

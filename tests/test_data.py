@@ -133,7 +133,7 @@ def test_tiny_imagenet_is_decoded_once(tmp_path, capsys):
     """Labels, order (a first part holds all classes), a grey image; the second time nothing but the cache is read."""
     tree = write_tiny_imagenet(tmp_path)
     tiny = data.load("tiny-imagenet", tmp_path)
-    assert "train: 400 of 400" in capsys.readouterr().out
+    assert "600 of 600" in capsys.readouterr().out
     assert tiny.train_images.shape == (400, 3, 64, 64) and tiny.test_images.shape == (200, 3, 64, 64)
     assert tiny.classes == 200
     assert tiny.train_labels.tolist() == [*range(200), *range(200)] and tiny.test_labels.tolist() == [*range(200)]
