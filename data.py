@@ -191,7 +191,7 @@ def _decode(paths, shape, part, listing):
         records.truncate(0)
         records.write("".join(f"{line}\n" for line in [key, *lines]).encode())
         paths = paths[len(lines):]
-        for pixels, path in zip(_for_each(lambda image: _pixels(image, *shape[:2]), paths, f"into {part}"), paths):
+        for pixels, path in zip(_for_each(lambda image: _pixels(image, *shape[:2]), paths, "decoded"), paths):
             why = pixels if isinstance(pixels, str) else ""
             if why and not path.parent.exists():
                 raise ValueError(f"{path.parent} has vanished; once it is back, start again, and the decoding goes on")
@@ -278,7 +278,7 @@ def _decode_folder(folder, paths, listing, side, part):
           f"{f'{len(rows) - n} test images in {splits[1]}' if n < len(rows) else 'a tenth held out as the test split'}")
     shape = 3 if False in found.values() else 1, side, side
     found |= zip((row[0] for row in rows), _decode([folder / row[0] for row in rows], shape, part, listing))
-    bad = [f"{path} ({why})" for path, why in found.items() if why]
+    bad = [f"{path} ({why})".encode(errors="replace").decode() for path, why in found.items() if why]
     if bad:
         text = f"{len(bad)} of {len(paths)} files are no images: {', '.join(bad[:5] + ['...'] * (len(bad) > 5))}"
         if 2 * len(bad) > len(paths):
