@@ -6,10 +6,10 @@ reads RUN/checkpoint.pt, which train.py wrote, trains the classifier, writes RUN
 
     python probe.py RUN --features FILE.npz
 
-writes what the classifier would read, for use elsewhere: train_features and test_features (N, D), train_labels and
-test_labels (N,). D runs over group elements, channels, rows and columns, in this order.
+writes what the classifier would read, for use elsewhere: train_features and test_features (N, D), and, if the images
+have labels, train_labels and test_labels (N,). D runs over group elements, channels, rows and columns, in this order.
 
-Letters: N images, D numbers per representation, C channels, H W space.
+Letters: N images, D numbers per representation, C channels, H W space, Q queries, K classes.
 """
 import io
 import json
@@ -50,6 +50,86 @@ def extract(encoder, data, images, grid, amp="off", batch_size=1000):
     return torch.cat(shares)[:n]
 
 
+# ------------------------------------------------------------------------------- what a representation says without it
+def effective_rank(x):
+    """How many dimensions representations (N, D) really use: 1 to D. The exponential of the entropy of their singular
+    values, divided by the sum (Roy and Vetterli, 2007), after centring."""
+    x = (x - x.mean(0)).double()
+    values = torch.linalg.eigvalsh(x.T @ x).clamp_min(0).sqrt()
+    return torch.special.entr(values / values.sum().clamp_min(1e-30)).sum().exp().item()
+
+
+def spread(x):
+    """The deviation of representations (N, D) of length 1 in a mean dimension, times √D: 0 where all are alike, a
+    collapse, up to 1 where they point everywhere alike (Chen and He, 2021, SimSiam)."""
+    return F.normalize(x, dim=1).std(0).mean().item() * x.shape[1] ** 0.5
+
+
+def neighbours(x, labels, queries, answers, classes, k=20, temperature=0.1):
+    """Top-1 in percent of a vote of the k nearest neighbours, weighted by exp(s/τ), s their cosine similarity after
+    centring (as Wu et al., 2018). x (N, D) with labels (N,); queries (Q, D), right are answers (Q,)."""
+    mean, hits = x.mean(0), 0
+    x = F.normalize(x - mean, dim=1)
+    for query, answer in zip(queries.split(1000), answers.split(1000)):
+        s, nearest = (F.normalize(query - mean, dim=1) @ x.T).topk(min(k, len(x)))                     # (1000, k)
+        votes = s.new_zeros(len(s), classes).scatter_add(1, labels[nearest], (s / temperature).exp())
+        hits += (votes.argmax(1) == answer).sum()
+    return 100 * hits.item() / len(queries)
+
+
+def measures(x, labels, queries, answers, classes):
+    """`effective_rank` and `spread` of at most 10,000 representations, and the accuracy of `neighbours` among them if
+    there are labels (classes > 0); a dict. Arguments as for `neighbours`."""
+    x, labels = x[:10_000], labels[:10_000]
+    result = dict(effective_rank=round(effective_rank(x), 1), spread=round(spread(x), 3))
+    return dict(neighbours=round(neighbours(x, labels, queries, answers, classes), 2)) | result if classes else result
+
+
+def held_out(n):
+    """For measures on n training images alone: how many of the first serve as neighbours, a quarter or 10,000, and how
+    many of the last as queries, a tenth or 2,000."""
+    return min(10_000, -(-n // 4)), min(2000, -(-n // 10))
+
+
+@torch.no_grad()
+def watch(s, encoder, data):
+    """The `measures` of an encoder in training, with a run's settings s, on training images only; see `held_out`."""
+    agree(encoder)
+    few, queries = held_out(len(data.train_images))
+    images, labels = (torch.cat([a[:few], a[-queries:]]) for a in (data.train_images, data.train_labels))
+    encoder.eval()
+    x = extract(encoder, data, images, s["probe_grid"], s["amp"])
+    encoder.train()
+    return measures(x[:few], labels[:few], x[few:], labels[few:], data.classes)
+
+
+def few_labels(x, labels, x_test, test_labels, classes, seed=0):
+    """Top-1 in percent of a linear classifier that is given few labels: 1, 10 and 100 a class, mean over 10 draws.
+
+    Ridge regression to the one-hot labels, in closed form; of six penalties each draw takes the one that is best on the
+    last tenth of x (N, D), which is not drawn from. Returns {"1": [mean, standard deviation], ...}, without the numbers
+    that a class has not.
+    """
+    generator, result, penalties = torch.Generator().manual_seed(seed), {}, [10.0**e for e in range(-1, 5)]
+    queries = held_out(len(x))[1]
+    x, labels, held, held_labels = x[:-queries], labels[:-queries], x[-queries:], labels[-queries:]
+    least = labels.bincount(minlength=classes).min() if len(x) else 0
+    for count in (count for count in (1, 10, 100) if count <= least):
+        top1 = []
+        for _ in range(10):
+            order = torch.randperm(len(x), generator=generator).to(x.device)
+            drawn = torch.cat([order[labels[order] == k][:count] for k in range(classes)])
+            mean = x[drawn].mean(0)
+            U, S, V = torch.linalg.svd(x[drawn] - mean, full_matrices=False)
+            target = U.T @ F.one_hot(labels[drawn], classes).to(x.dtype)                               # (rank, K)
+            weights = [V.T @ (target * (S / (S**2 + penalty))[:, None]) for penalty in penalties]      # (D, K) each
+            best = max(weights, key=lambda w: (((held - mean) @ w).argmax(1) == held_labels).sum().item())
+            top1.append(100 * (((x_test - mean) @ best).argmax(1) == test_labels).double().mean())
+        result[str(count)] = [round(value.item(), 2) for value in (torch.stack(top1).mean(), torch.stack(top1).std())]
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- the classifier
 def probe(encoder, data, grid=2, epochs=100, lr=0.01, amp="off", batch_size=1000, seed=0):
     """Train the detached classifier on a frozen encoder and measure it, as it is in the end, on the whole test split.
 
@@ -57,15 +137,28 @@ def probe(encoder, data, grid=2, epochs=100, lr=0.01, amp="off", batch_size=1000
     (which only eases the training), and classified by one float32 linear layer, by Adam with a cosine schedule: the
     paper states no optimizer. Several processes share the representations, and each trains the same classifier.
 
-    Returns a dict: top1 and train_top1 in percent, test_images, train_images, dimensions (D). Raises an AssertionError
-    if a parameter or a batch-norm buffer of the encoder moved.
+    Returns a dict: top1 and train_top1 in percent, None without labels; test_images, train_images, dimensions (D);
+    neighbours, effective_rank, spread (`measures`); few_labels; and held_out, what `watch` would say. Raises an
+    AssertionError if a parameter or a batch-norm buffer of the encoder moved.
     """
     before, was_training = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}, encoder.training
     encoder.eval()
     x, x_test = (extract(encoder, data, images, grid, amp) for images in (data.train_images, data.test_images))
     encoder.train(was_training)
+    after = encoder.state_dict()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    if moved:
+        raise AssertionError(f"the encoder must stay frozen under the probe, but {', '.join(moved)} moved")
+
+    labels, test_labels, (few, queries) = data.train_labels, data.test_labels, held_out(len(x))
+    result = dict(top1=None, test_images=len(x_test), train_images=len(x), train_top1=None, dimensions=x.shape[1])
+    result |= measures(x, labels, x_test, test_labels, data.classes)
+    result["held_out"] = measures(x[:few], labels[:few], x[-queries:], labels[-queries:], data.classes)
+    if not data.classes:
+        return result
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)                                                    # x is (N, D)
     x, x_test = (x - mean) / std, (x_test - mean) / std
+    result["few_labels"] = few_labels(x, labels, x_test, test_labels, data.classes, seed)
 
     generator = torch.Generator().manual_seed(seed)
     classifier = torch.nn.Linear(x.shape[1], data.classes, device=x.device)
@@ -74,21 +167,16 @@ def probe(encoder, data, grid=2, epochs=100, lr=0.01, amp="off", batch_size=1000
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
         for i in torch.randperm(len(x), generator=generator).to(x.device).split(batch_size):
-            loss = F.cross_entropy(classifier(x[i]), data.train_labels[i])
+            loss = F.cross_entropy(classifier(x[i]), labels[i])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         schedule.step()
 
-    after = encoder.state_dict()
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    if moved:
-        raise AssertionError(f"the encoder must stay frozen under the probe, but {', '.join(moved)} moved")
     with torch.no_grad():
-        top1, train_top1 = (100 * (classifier(a).argmax(1) == labels).double().mean().item()
-                            for a, labels in ((x_test, data.test_labels), (x, data.train_labels)))
-    return dict(top1=round(top1, 3), test_images=len(x_test), train_images=len(x), train_top1=round(train_top1, 3),
-                dimensions=x.shape[1])
+        top1, train_top1 = (100 * (classifier(a).argmax(1) == k).double().mean().item()
+                            for a, k in ((x_test, test_labels), (x, labels)))
+    return result | dict(top1=round(top1, 3), train_top1=round(train_top1, 3))
 
 
 def take_statistics(encoder, data, amp="off"):
@@ -104,13 +192,32 @@ def take_statistics(encoder, data, amp="off"):
             dist.all_reduce(value.mul_(len(own) / len(chunks)))
 
 
-def frozen_accuracy(s, encoder, data):
-    """The yardstick, before the first step of a run with settings s: statistics, then the classifier; top-1."""
+def agree(encoder):
+    """Give all processes the first one's batch-norm statistics: on CPUs each has its own."""
+    for value in encoder.buffers() if processes()[1] > 1 else ():
+        dist.broadcast(value, 0)
+
+
+def probe_frozen(s, encoder, data):
+    """The yardstick, before the first step of a run with settings s: statistics, then what `probe` says; a dict."""
     take_statistics(encoder, data, s["amp"])
-    top1 = probe_as_set(s, encoder, data)["top1"]
+    result = probe_as_set(s, encoder, data)
     if processes()[0] == 0:
-        print(f"frozen encoder: top-1 {top1:.2f} %", flush=True)
-    return top1
+        print("frozen encoder:", f"top-1 {result['top1']:.2f} %" if data.classes else "no labels", flush=True)
+    return result
+
+
+def in_words(result):
+    """A result of `write_result` in a few lines, for people."""
+    titles = dict(top1=f"top-1 on {result['test_images']} test images", neighbours="20 nearest neighbours",
+                  effective_rank=f"effective rank of {result['dimensions']}", spread="spread")
+    lines = [] if result["top1"] is not None else ["no top-1: these images have no labels"]
+    for name, title in titles.items():
+        if result.get(name) is not None:
+            unit = " %" if name in ("top1", "neighbours") else ""
+            frozen, trained = (f"{r[name]:.2f}{unit}" for r in (result["frozen"], result))
+            lines.append(f"{title}: frozen {frozen}, {result['method']} {trained}")
+    return "\n".join(lines)
 
 
 def probe_as_set(s, encoder, data):
@@ -118,10 +225,12 @@ def probe_as_set(s, encoder, data):
     return probe(encoder, data, s["probe_grid"], s["probe_epochs"], s["probe_lr"], s["amp"], seed=s["seed"])
 
 
-def write_result(out, settings, encoder, data, frozen_top1, epoch):
-    """Probe a run's encoder, now at the end of an epoch; returns a dict, which one process writes to OUT/probe.json."""
+def write_result(out, settings, encoder, data, frozen, epoch):
+    """Probe a run's encoder, now at the end of an epoch; returns a dict, which one process writes to OUT/probe.json.
+    frozen is the result of `probe_frozen`."""
+    agree(encoder)
     result = probe_as_set(settings, encoder, data)
-    result |= dict(frozen_top1=frozen_top1, method=settings["method"], epoch=epoch)
+    result |= dict(method=settings["method"], epoch=epoch, frozen_top1=frozen["top1"], frozen=frozen)
     if processes()[0] == 0:
         run.write_whole(Path(out) / "probe.json", json.dumps(result).encode() + b"\n")
     return result
@@ -133,7 +242,9 @@ def write_features(path, settings, encoder, data, dtype):
     for split in ("train", "test"):
         images, labels = (getattr(data, f"{split}_{what}") for what in ("images", "labels"))
         features = extract(encoder.eval(), data, images, settings["probe_grid"], settings["amp"])
-        arrays |= {f"{split}_features": features.cpu().numpy().astype(dtype), f"{split}_labels": labels.cpu().numpy()}
+        arrays[f"{split}_features"] = features.cpu().numpy().astype(dtype)
+        if data.classes:
+            arrays[f"{split}_labels"] = labels.cpu().numpy()
     content = io.BytesIO()
     np.savez(content, **arrays)
     run.write_whole(path, content.getbuffer())
@@ -156,7 +267,8 @@ def main(args):
         checkpoint = run.load_checkpoint(path)
         with run.fitting(path):
             s = checkpoint["settings"]
-            chosen = s["dataset"], args.data_dir or s["data_dir"], device, s["train_images"]
+            chosen = (s["dataset"], args.data_dir or s["data_dir"], device,
+                      s["train_images"], s["image_size"], s["validate"])
         data = datasets.load(*chosen)
     except ValueError as error:
         run.stop(error)
@@ -168,7 +280,7 @@ def main(args):
         s = s | dict(amp="off")                                                # that was chosen for another device
     if args.features:
         return print(json.dumps(write_features(args.features, s, encoder, data, args.dtype)))
-    print(json.dumps(write_result(args.run, s, encoder, data, checkpoint["frozen_top1"], checkpoint["epoch"])))
+    print(json.dumps(write_result(args.run, s, encoder, data, checkpoint["frozen"], checkpoint["epoch"])))
 
 
 if __name__ == "__main__":

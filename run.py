@@ -26,7 +26,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from data import SHAPES
 from hssl import Crops, Rotation, Scale, Translation
 from layers import DenseBackbone, MNISTBackbone, ResidualBackbone, ResNet18Backbone, Untied
 
@@ -104,7 +103,7 @@ def load_checkpoint(path, encoder_only=False):
         raise ValueError(f"{path} is damaged or not a checkpoint ({error}): use a copy of it, or train again") from None
     keys = {"encoder", "settings"}
     if not encoder_only:
-        keys |= {*PARTS, "step", "epoch", "epoch_loss", "overflows", "frozen_top1", "random"}
+        keys |= {*PARTS, "step", "epoch", "epoch_loss", "overflows", "frozen", "random"}
     if not (isinstance(checkpoint, dict) and keys <= checkpoint.keys() and isinstance(checkpoint["settings"], dict)):
         raise ValueError(f"{path} is not a checkpoint of train.py, which holds {', '.join(sorted(keys))}")
     return checkpoint
@@ -119,7 +118,7 @@ def load_encoder(folder, device="cpu"):
     checkpoint = load_checkpoint(path, encoder_only=True)
     with fitting(path), torch.random.fork_rng(devices=()):                     # the weights drawn at first do not count
         settings = checkpoint["settings"]
-        encoder, _ = build(settings, *SHAPES[settings["dataset"]])
+        encoder, _ = build(settings, *settings["image_shape"])
         encoder.load_state_dict(checkpoint["encoder"])
     return encoder.eval().to(device), settings
 
@@ -142,7 +141,7 @@ def find_checkpoint(settings):
     """The checkpoint that a training with these settings continues from, or None for a new run. Raises a ValueError, in
     one line, for a folder with other content, a damaged checkpoint, or one of other settings."""
     out = Path(settings["out"])
-    free = {"resume", "out", "data_dir", "device", "save_every", "log_every", "checkpoint_activations"}
+    free = set("resume out data_dir device save_every log_every eval_every checkpoint_activations".split())
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: --out must name a folder")
     held = {path.name for path in out.iterdir()} if out.exists() else set()
@@ -187,10 +186,12 @@ class Log:
     """log.jsonl of a training, and its line per epoch for people, which in a terminal moves with every logged step.
 
     Losses stay on the device until a line is due. Only the first process (chief) writes. A resumed run drops the lines
-    after its checkpoint and writes them again.
+    after its checkpoint and writes them again. Every --eval-every epochs watch() measures the encoder and returns two
+    dicts, the second of the frozen encoder.
     """
-    def __init__(self, args, epochs, steps, step, epoch_loss, last_saved, chief):
+    def __init__(self, args, epochs, steps, step, epoch_loss, last_saved, chief, watch):
         self.out, self.every, self.batch_size, self.chief = Path(args.out), args.log_every, args.batch_size, chief
+        self.watch, self.eval_every = watch, args.eval_every or epochs + 1
         self.epochs, self.steps, self.epoch_loss, self.last_saved = epochs, steps, epoch_loss, last_saved
         self.recent, path = [], self.out / "log.jsonl"
         if chief:
@@ -216,18 +217,20 @@ class Log:
             if not math.isfinite(value):
                 self.diverged(f"the loss is {value} at step {k}, learning rate {rate:.4g}")
         self.epoch_loss, self.recent = sum(losses, self.epoch_loss), []
+        now = time.perf_counter()
+        seen, frozen = self.watch() if done == self.steps and epoch % self.eval_every == 0 else ({}, {})
         if due and self.chief:
-            now = time.perf_counter()
             rate = round((step - self.last[0]) * self.batch_size / (now - self.last[1]), 1)
             line = dict(epoch=epoch, step=step, loss=losses[-1], lr=lr, images_per_second=rate,
-                        overflows=int(overflows))
+                        overflows=int(overflows)) | seen | {f"frozen_{name}": value for name, value in frozen.items()}
             self.file.write(json.dumps(line).encode() + b"\n")
-            self.last = step, now
             left = (self.epochs * self.steps - step) * (now - self.start[1]) / (step - self.start[0])
             if done == self.steps or sys.stdout.isatty():
                 print(f"epoch {epoch:{len(str(self.epochs))}d}/{self.epochs}  loss {self.epoch_loss / done:.4f}  "
                       f"lr {lr:.4g}  {rate:,.0f} images/s  {datetime.timedelta(seconds=round(left))} left",
+                      *(f" {name.replace('_', ' ')} {seen[name]} (frozen {frozen[name]})" for name in seen),
                       end="\n" if done == self.steps else "    \r", flush=True)
+            self.last = step, time.perf_counter()                              # without the time that watching took
         if done == self.steps:
             self.epoch_loss = 0.0
 

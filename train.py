@@ -39,6 +39,7 @@ DATASETS = {
     "mnist": PAPER | MNIST | dict(epochs=500),
     "cifar10": PAPER | RESIDUAL | dict(epochs=1300),
     "tiny-imagenet": PAPER | RESIDUAL | dict(epochs=1300, base_space=8),
+    "folder": PAPER | MNIST | dict(epochs=100, batch_size=256, trust_coefficient=0.01, grid=4),
 }
 BACKBONES = "mnist", "residual", "resnet18"
 RESNET18 = {"cifar10": dict(base_space=2, grid=0), "tiny-imagenet": dict(base_space=4, grid=0)}     # on 4x4 and 8x8
@@ -49,12 +50,19 @@ GROUPS = dict(translation=dict(group_size=1), rotation=dict(group_size=4, base_s
 def parse(argv=None):
     """Read the command line (argv, or the program's own); returns the settings."""
     p = run.Parser(description=__doc__.split("\n")[0], add_help=False, allow_abbrev=False)
-    p.add_argument("--dataset", choices=DATASETS, default="glyphs", help="glyphs is drawn, others are downloaded")
+    p.add_argument("--dataset", choices=DATASETS, default="glyphs",
+                   help="glyphs is drawn, folder your own images in --data-dir; others are downloaded")
+    p.add_argument("--image-size", type=run.number(int, 4), metavar="S",
+                   help="folder: the shorter side is resized to S, and S x S cut from the middle (default: 64)")
     p.add_argument("--group", choices=GROUPS, help="what views differ by (default: %(default)s)")
     p.add_argument("--backbone", choices=BACKBONES, help="SESN's two or torchvision's (default: %(default)s)")
     known, _ = p.parse_known_args(argv)
     defaults = DATASETS[known.dataset]
     p.set_defaults(group=defaults["group"], backbone=defaults["backbone"])
+    if known.dataset == "folder":
+        known.image_size = known.image_size or 64
+        p.set_defaults(image_size=known.image_size)
+        defaults = defaults | dict(base_space=max(1, known.image_size // 8))   # half the feature map's side
     defaults = defaults | GROUPS[known.group or defaults["group"]]
     if known.backbone == "resnet18":
         defaults |= RESNET18.get(known.dataset, {})
@@ -81,10 +89,13 @@ def parse(argv=None):
     add("--seed", type=run.number(int, 0), default=0, help="of weights, order of images and views")
     add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
     add("--train-images", type=run.number(int, 2), help="use only the first N training images (default: all)")
+    add("--validate", type=count, metavar="N", help="measure on the last N training images, held out, not on the test "
+        "split: to choose settings")
     add("--out", help="the run's folder (default: runs/DATASET-METHOD-GROUP-SEED)")
     add("--resume", action="store_true", default=False, help="continue the run in --out, if there is one")
     add("--save-every", type=count, default=10, help="epochs between checkpoints")
     add("--log-every", type=count, default=10, help="steps between lines of log.jsonl")
+    add("--eval-every", type=count, help="epochs between looks at neighbours, rank and spread (default: never)")
     add("--amp", choices=("float16", "bfloat16", "off"), help="half precision (default: float16 on cuda, off on cpu)")
     add("--device", choices=("cpu", "cuda"), help="where to train (default: cuda if there is a GPU)")
     # The encoder
@@ -149,7 +160,7 @@ def make_objective(args, encoder, group, data, total=1):
     f, x = copy.deepcopy(encoder).to("meta").eval(), torch.zeros(1, *data.train_images.shape[1:], device="meta")
     z = f(group.T(group.elements[:1].to("meta"), x) if args.crop else x)
     if args.method in ("supervised", "frozen"):
-        classifier = nn.Linear(readout(z, args.probe_grid).shape[1], data.classes)
+        classifier = nn.Linear(readout(z, args.probe_grid).shape[1], max(1, data.classes))
         return Objective(encoder, classifier,
                          lambda f, h, x, labels: F.cross_entropy(h(readout(f(x), args.probe_grid)), labels))
 
@@ -219,12 +230,14 @@ def prepare(args, rank, local_rank, world, device, together):
     turn = 0 if rank == 0 else 1 if local_rank == 0 else 2                     # who may download, here or elsewhere
     for now in range(3):
         if now == turn:
-            data = datasets.load(args.dataset, args.data_dir, device, args.train_images)
+            data = datasets.load(args.dataset, args.data_dir, device, args.train_images, args.image_size, args.validate)
         if world > 1:
             dist.barrier(together)
     if args.batch_size > len(data.train_images) and args.method != "frozen":
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(data.train_images)} training images")
-    channels, side = data.train_images.shape[1:3]
+    if args.method == "supervised" and not data.classes:
+        raise ValueError(f"--method supervised needs labels: put the images into {args.data_dir}/train/CLASS/")
+    args.image_shape = channels, side = list(data.train_images.shape[1:3])     # for who loads the encoder without data
     encoder, group = run.build(vars(args), channels, side)
     if max(args.grid, args.probe_grid) > side // encoder.stride:
         raise ValueError(f"--grid and --probe-grid must be at most {side // encoder.stride}, the feature map's side")
@@ -253,7 +266,7 @@ def main(args):
     except OverflowError:
         run.stop("--sigma, --scale-step and --group-size give filters beyond floating point: take smaller ones")
     encoder, path, images = objective.encoder, Path(args.out) / "checkpoint.pt", len(data.train_images)
-    frozen_top1 = checkpoint["frozen_top1"] if checkpoint else probe.frozen_accuracy(vars(args), encoder, data)
+    frozen = checkpoint["frozen"] if checkpoint else probe.probe_frozen(vars(args), encoder, data)
 
     # ---- processes, optimizer, schedule, half precision
     model = objective
@@ -279,7 +292,8 @@ def main(args):
             torch.set_rng_state(checkpoint["random"])                          # nothing below draws; extensions may
             step, epoch_loss = int(checkpoint["step"]), float(checkpoint["epoch_loss"])
             overflows.fill_(int(checkpoint["overflows"]))
-    log = run.Log(args, epochs, steps, step, epoch_loss, step if checkpoint else None, chief)
+    log = run.Log(args, epochs, steps, step, epoch_loss, step if checkpoint else None, chief,
+                  watch=lambda: (probe.watch(vars(args), encoder, data), frozen["held_out"]))
 
     def save():
         if not all(p.isfinite().all() for p in model.parameters()):
@@ -287,7 +301,7 @@ def main(args):
         if chief:
             os.fsync(log.file.fileno())                                        # as safe as the checkpoint will be
             run.save_checkpoint(path, parts, settings=vars(args), step=step, epoch=step // steps,
-                                epoch_loss=log.epoch_loss, overflows=int(overflows), frozen_top1=frozen_top1)
+                                epoch_loss=log.epoch_loss, overflows=int(overflows), frozen=frozen)
         log.last_saved = step
 
     # ---- training
@@ -322,12 +336,9 @@ def main(args):
         save()
 
     # ---- the detached classifier on the trained encoder; all stay, for torchrun ends what outlasts the others
-    for value in encoder.buffers() if world > 1 else ():
-        dist.broadcast(value, 0)                                               # on CPUs batch norms go their own way
-    result = probe.write_result(args.out, vars(args), encoder, data, frozen_top1, epochs)
+    result = probe.write_result(args.out, vars(args), encoder, data, frozen, epochs)
     if chief:
-        print(f"top-1 on {result['test_images']} test images: frozen {frozen_top1:.2f} %, "
-              f"{args.method} {result['top1']:.2f} %")
+        print(probe.in_words(result))
     if dist.is_initialized():
         dist.barrier(together)
         dist.destroy_process_group()

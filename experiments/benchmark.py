@@ -166,30 +166,31 @@ def inputs(args):
 
 
 def epochs(args):
-    """an epoch of train.py over as many bare steps, forward and backward, on one batch that is in place"""
+    """an epoch of train.py over as many bare steps on one batch that is in place, and what --eval-every 1 adds"""
     _, bare_step, batch = training_step("", args.device)
     times = []
 
     class Log(run.Log):
-        """Whenever an epoch of train.py ends, note its time, and that of as many bare steps."""
+        """Whenever an epoch of train.py ends, note its time, and those of as many bare steps and of a look."""
         began = 0.0
 
         def step(self, step, *rest, **more):
             super().step(step, *rest, **more)                                  # waits for the GPU
             if step % self.steps == 0:
                 whole = time.perf_counter() - self.began
-                times.append((whole, seconds(lambda: [bare_step() for _ in range(self.steps)], args.device)))
+                bare = seconds(lambda: [bare_step() for _ in range(self.steps)], args.device)
+                times.append((whole, bare, seconds(self.watch, args.device)))
                 self.began = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         with mock.patch.object(run, "Log", Log):
             train.main(train.parse(["--dataset", "glyphs", "--device", args.device, "--epochs", str(args.rounds + 1),
                                     "--save-every", "2", "--out", f"{folder}/run"]))
-    whole, bare, ratio = (statistics.median(t) for t in zip(*((a, b, a / b) for a, b in times[1:])))
+    whole, bare, ratio, look = (statistics.median(t) for t in zip(*((a, b, a / b, c / a) for a, b, c in times[1:])))
     images = 10_000 // batch * batch
-    header("(f) epoch of glyphs", "train.py, images/s", "bare loop, images/s", "train.py / bare, time")
+    header("(f) epoch of glyphs", "train.py, images/s", "bare loop, images/s", "train.py / bare, time", "look / epoch")
     row(f"rotation, batch {batch}, saved every 2 epochs", f"{images / whole:,.0f}", f"{images / bare:,.0f}",
-        f"{ratio:.3f}")
+        f"{ratio:.3f}", f"{look:.3f}")
 
 
 def profiles(args):

@@ -1,7 +1,8 @@
-"""Draw the README's figures from trained encoders and from the JSON files; writes FOLDER/FIGURE.png.
+"""Draw the README's figures from trained encoders and from the JSON files, or a run; writes FOLDER/FIGURE.png.
 
     pip install -r experiments/requirements.txt
     python experiments/figures.py FIGURE [--budget cpu] [--out FOLDER]
+    python experiments/figures.py run RUN                                      writes RUN/run.png
 
 Every figure is a function from the command line's args to a matplotlib figure; FIGURES lists them all.
 """
@@ -18,6 +19,8 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import ConnectionPatch, Rectangle
 
 from runs import ROOT, load_run                                                # first: it finds the project's modules
+import probe
+from hssl import allowed_pairs
 from report import RESULTS
 
 BLUE, RED, GREY = "#1f5fa8", "#c2402a", "#777777"
@@ -139,6 +142,69 @@ def losses(args):
     return figure
 
 
+# --------------------------------------------------------------------------------------------------------------- a run
+@torch.no_grad()
+def run(args):
+    """a run's curves (of --eval-every), an image's two views, and embeddings in two dimensions, coloured by class"""
+    if args.run is None:
+        raise SystemExit("figures.py: name the run's folder: python experiments/figures.py run RUN")
+    loaded = load_run(args.run, args.data_dir)
+    s, data, group, f = loaded.settings, loaded.data, loaded.group, loaded.after.encoder
+    log = [json.loads(line) for line in (Path(args.run) / "log.jsonl").read_text().splitlines()]
+    figure = plt.figure(figsize=(12.5, 6.6))
+    figure.suptitle(f"{args.run}: {s['method']}, {s['group']}, {s['dataset']}", fontsize=11)
+
+    titles = dict(loss="loss", neighbours="20 nearest neighbours, %", effective_rank="effective rank",
+                  spread="spread (0: collapsed)")
+    for k, (name, title) in enumerate(titles.items()):
+        axes = figure.add_subplot(2, 4, k + 1, title=title, xlabel="step")
+        lines = [line for line in log if name in line]
+        if not lines:
+            why = "--eval-every was not given" if name == "spread" or data.classes else "no labels"
+            axes.text(0.5, 0.5, why, ha="center", transform=axes.transAxes)
+            continue
+        steps, values = [line["step"] for line in lines], [line[name] for line in lines]
+        if name != "loss":
+            frozen = lines[0][f"frozen_{name}"]
+            steps, values = [0, *steps], [frozen, *values]
+            axes.axhline(frozen, color=GREY, linestyle="--", label="frozen encoder")
+            axes.set_ylim(0, 1.1 * max(values))
+            axes.legend(fontsize=8)
+        axes.plot(steps, values, color=BLUE, marker=None if name == "loss" else ".")
+
+    x = data.batch(data.test_images, torch.arange(args.image, args.image + 1))
+    pairs = allowed_pairs(group, s["max_distance"])
+    z, pair = f(x), group.elements[pairs[len(pairs) // 3]]
+    shown = (x[0] - x.min()) / (x.max() - x.min())
+    picture(figure, 0.05, 0.27, 0.14, shown[0] if len(shown) == 1 else shown.movedim(0, 2), "image $x$", fontsize=9)
+    for k, (g, colour) in enumerate(zip(pair, (BLUE, RED))):
+        view = group.view(g[None], z)[0]
+        view = view[:, view.shape[1] // 2]                                     # one map of the window, (C, H', W')
+        picture(figure, 0.22 + 0.17 * k, 0.27, 0.14, colours(view, z[0].flatten(1).T),
+                f"$g_{k + 1}$ = {g.tolist()}", colour, fontsize=9)
+    figure.text(0.03, 0.15, "an image, and views for $g_1$ and $g_2$ read from\nthe features of one pass (colours: "
+                "principal\ncomponents)", fontsize=8.5, color=GREY)
+
+    images, labels = data.test_images[:1000], data.test_labels[:1000]
+    embeddings = {f"{name} encoder's features": probe.extract(o.encoder, data, images, s["probe_grid"])
+                  for name, o in (("frozen", loaded.before), (s["method"], loaded.after))}
+    if s["method"] in ("h-ssl", "a-ssl"):
+        everything = data.batch(images, torch.arange(len(images)))
+        embeddings["the head's projections"] = loaded.after.head(group.base(f(everything)))
+    embeddings = {title: torch.nn.functional.normalize(e, dim=1) for title, e in embeddings.items()}
+    limit = 1.05 * max((e - e.mean(0)).norm(dim=1).quantile(0.99).item() for e in embeddings.values())
+    for k, (title, e) in enumerate(embeddings.items()):
+        axes = figure.add_subplot(2, 4, 6 + k)
+        flat = (e - e.mean(0)) @ torch.linalg.svd(e - e.mean(0), full_matrices=False).Vh[:2].T       # (1000, 2)
+        axes.scatter(*flat.T, c=labels if data.classes else GREY, cmap="tab10" if data.classes <= 10 else "hsv", s=5)
+        axes.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
+        axes.set_title(title, fontsize=9)
+    figure.text(0.36, 0.02, "embeddings of length 1 on their first two principal components, to one scale; colours: classes",
+                fontsize=8.5, color=GREY)
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.07, hspace=0.3)
+    return figure
+
+
 # -------------------------------------------------------------------------------------------------------------- TOUR.md
 def tour(args):
     """the pictures of TOUR.md, four files tour-*.png, drawn from what its blocks compute"""
@@ -229,20 +295,22 @@ def tour_training(s):
     return figure
 
 
-FIGURES = {"idea": idea, "sweeps": sweeps, "losses": losses, "tour": tour}
+FIGURES = {"idea": idea, "sweeps": sweeps, "losses": losses, "tour": tour, "run": run}
 
 
 def main():
     about = "\n".join(f"    {name:8}{draw.__doc__}" for name, draw in FIGURES.items())
     p = argparse.ArgumentParser(description=f"{__doc__}\n{about}", formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("figure", choices=FIGURES)
+    p.add_argument("run", nargs="?", help="run: the folder of a run, as train.py's --out")
     p.add_argument("--budget", default="cpu", help="whose results (default: %(default)s)")
     p.add_argument("--runs", default="runs/experiments", help="idea: where the runs are (default: %(default)s)")
-    p.add_argument("--data-dir", help="idea: folder of the data sets (default: the run's own)")
-    p.add_argument("--image", type=int, default=0, help="idea: index of a test image (default: %(default)s)")
-    p.add_argument("--out", type=Path, default=RESULTS / "figures", metavar="FOLDER",
-                   help="of the picture (default: experiments/results/figures)")
+    p.add_argument("--data-dir", help="idea, run: folder of the data sets (default: the run's own)")
+    p.add_argument("--image", type=int, default=0, help="idea, run: index of a test image (default: %(default)s)")
+    p.add_argument("--out", type=Path, metavar="FOLDER",
+                   help="of the picture (default: experiments/results/figures, or RUN)")
     args = p.parse_args()
+    args.out = args.out or Path(args.run or RESULTS / "figures")
     matplotlib.use("Agg")
     drawn = FIGURES[args.figure](args)
     args.out.mkdir(parents=True, exist_ok=True)

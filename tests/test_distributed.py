@@ -66,9 +66,9 @@ def frozen():
     torch.manual_seed(0)
     some = data.load("glyphs", "unused", train_images=2500)
     encoder, _ = run.build(vars(args), 1, 28)
-    top1 = probe.frozen_accuracy(vars(args), encoder, some)
+    result = probe.probe_frozen(vars(args), encoder, some)
     features = probe.extract(encoder.eval(), some, some.test_images, grid=2)
-    return dict(top1=top1, state=encoder.state_dict(), features=features)
+    return dict(result=result, state=encoder.state_dict(), features=features)
 
 
 def one_of_several(rank, world, folder, ports):
@@ -143,7 +143,8 @@ def test_the_frozen_encoder_is_measured_together(world, folder):
     alone = frozen()
     shares = [torch.load(folder / f"frozen-{world}-{rank}.pt", weights_only=True) for rank in range(world)]
     for share in shares:
-        assert share["features"].shape == (2000, 64) and abs(share["top1"] - alone["top1"]) < 0.5
+        assert share["features"].shape == (2000, 64) and abs(share["result"]["top1"] - alone["result"]["top1"]) < 0.5
+        assert abs(share["result"]["neighbours"] - alone["result"]["neighbours"]) < 0.5
         torch.testing.assert_close(share["features"], alone["features"], rtol=1e-4, atol=1e-5)
         for name, value in alone["state"].items():
             if "num_batches" not in name:

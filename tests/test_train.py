@@ -29,7 +29,8 @@ def test_train_then_probe(tmp_path, capsys):
     lines = printed.splitlines()
     assert lines[0] == "CPU: 1 x 64 images a step, half precision off"
     assert lines[1].startswith("frozen encoder: top-1 ") and lines[2].startswith("epoch 1/2 ") and "left" in lines[2]
-    assert "\r" not in printed and lines[-1].startswith("top-1 on 2000 test images: frozen ") and "h-ssl" in lines[-1]
+    assert "\r" not in printed and lines[4].startswith("top-1 on 2000 test images: frozen ") and "h-ssl" in lines[4]
+    assert [line.split(":")[0] for line in lines[5:]] == ["20 nearest neighbours", "effective rank of 64", "spread"]
     config = json.loads((folder / "config.json").read_text())
     assert config["group"] == "rotation" and config["torch"] == torch.__version__
     log = log_of(folder)

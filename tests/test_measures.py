@@ -1,0 +1,148 @@
+"""What is said of a representation beside the classifier: neighbours, rank, spread, few labels; also in training."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import probe
+import run
+from helpers import log_of, train_here
+
+MEASURES = ["neighbours", "effective_rank", "spread"]
+
+
+def clusters(count, classes, dimensions, deviation=0.1, seed=0):
+    """count points (N, D) around as many far centres as there are classes, and their labels (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    noise = deviation * torch.randn(count, dimensions, generator=generator)
+    return 3 * torch.eye(classes, dimensions)[labels] + noise, labels
+
+
+def test_effective_rank():
+    """One direction has rank 1, equal and uncorrelated ones have their number, and only ratios matter."""
+    equal = torch.cat([torch.eye(8), -torch.eye(8)])
+    assert probe.effective_rank(equal) == pytest.approx(8)
+    assert probe.effective_rank(100 * equal + 5) == pytest.approx(8)
+    assert probe.effective_rank(torch.arange(10.0)[:, None] * torch.ones(1, 8)) == pytest.approx(1, abs=1e-3)
+    uneven = torch.cat([torch.diag(torch.tensor([3.0, 1.0])), -torch.diag(torch.tensor([3.0, 1.0]))])
+    p = torch.tensor([0.75, 0.25])                                             # singular values 3 : 1
+    assert probe.effective_rank(uneven) == pytest.approx((-(p * p.log()).sum()).exp().item())
+    assert probe.effective_rank(torch.ones(5, 4)) == pytest.approx(1)          # nothing varies
+
+
+def test_spread():
+    """0 for a collapse to one point, near 1 for noise without a direction, below for a mean that stands out."""
+    noise = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
+    assert probe.spread(noise) == pytest.approx(1, abs=0.01)
+    assert probe.spread(noise + 2) == pytest.approx(5**-0.5, abs=0.02)         # lengths grow by √(1 + 2²)
+    assert probe.spread(1e-4 * noise + 1) < 1e-3
+
+
+def test_neighbours_are_those_of_a_loop():
+    """Votes of the 20 most similar, weighted by exp(s / 0.1), for every query by itself."""
+    generator = torch.Generator().manual_seed(0)
+    x, queries = torch.randn(150, 5, generator=generator) + 1, torch.randn(1100, 5, generator=generator) + 1
+    labels, answers = torch.randint(3, (150,), generator=generator), torch.randint(3, (1100,), generator=generator)
+    hits = 0
+    for query, answer in zip(queries, answers):
+        s = F.cosine_similarity(x - x.mean(0), (query - x.mean(0))[None])
+        votes = [0.0, 0.0, 0.0]
+        for i in s.argsort(descending=True)[:20]:
+            votes[labels[i]] += (s[i] / 0.1).exp().item()
+        hits += votes.index(max(votes)) == answer
+    assert probe.neighbours(x, labels, queries, answers, 3) == pytest.approx(100 * hits / 1100)
+    assert 20 < 100 * hits / 1100 < 50                                         # chance, for these labels mean nothing
+
+
+def test_neighbours_of_fewer_than_twenty():
+    x, labels = clusters(6, 3, 4)
+    assert probe.neighbours(x, labels, x, labels, 3) == 100
+
+
+def test_few_labels():
+    """Far classes need one label each; overlapping ones gain by more; a number that a class has not is left out."""
+    x, labels = clusters(250, 5, 8)
+    test, test_labels = clusters(100, 5, 8, seed=1)
+    easy = probe.few_labels(x, labels, test, test_labels, 5)
+    assert list(easy) == ["1", "10"] and easy["1"] == easy["10"] == [100, 0]
+    x, labels = clusters(2500, 5, 8, deviation=2)
+    test, test_labels = clusters(2000, 5, 8, deviation=2, seed=1)
+    hard = probe.few_labels(x, labels, test, test_labels, 5)
+    assert hard["1"][0] + 5 < hard["10"][0] and hard["10"][0] + 2 < hard["100"][0] and hard["1"][1] > hard["100"][1] > 0
+    assert probe.few_labels(x, labels, test, test_labels, 5) == hard
+    assert probe.few_labels(x, labels, test, test_labels, 5, seed=1) != hard
+
+
+def test_few_labels_chooses_its_penalty_on_images_that_it_does_not_draw(monkeypatch):
+    """The last tenth decides alone: with its labels permuted, other penalties win, and the test images lose."""
+    x, labels = clusters(2500, 5, 8, deviation=2)
+    test, test_labels = clusters(2000, 5, 8, deviation=2, seed=1)
+    right = probe.few_labels(x, labels, test, test_labels, 5)
+    wrong = labels.clone()
+    wrong[-250:] = (labels[-250:] + 1) % 5
+    assert probe.few_labels(x, wrong, test, test_labels, 5)["10"][0] < right["10"][0]
+    drawn, original = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda a, **options: drawn.append(a) or original(a, **options))
+    x[-250:] += 1000
+    probe.few_labels(x, labels, test, test_labels, 5)
+    assert [len(a) for a in drawn] == [5] * 10 + [50] * 10 + [500] * 10
+    assert all(a.abs().max() < 100 for a in drawn)
+
+
+def test_looking_changes_nothing(few_glyphs, tmp_path, capsys):
+    """--eval-every 2: lines of every second epoch say how encoder and frozen encoder do; the training is the same."""
+    plain = train_here(tmp_path / "plain", "--epochs", "5")
+    capsys.readouterr()
+    watched = train_here(tmp_path / "watched", "--epochs", "5", "--eval-every", "2")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert ["neighbours" in line and "(frozen " in line for line in said] == [False, True, False, True, False]
+    for name, value in plain["encoder"].items():
+        assert torch.equal(value, watched["encoder"][name]), name
+    log = log_of(tmp_path / "watched")
+    with_measures = [line for line in log if "neighbours" in line]
+    assert [(line["epoch"], line["step"]) for line in with_measures] == [(2, 6), (4, 12)]
+    frozen = watched["frozen"]["held_out"]
+    for line in with_measures:
+        assert {name: line[f"frozen_{name}"] for name in MEASURES} == frozen
+        assert 0 <= line["neighbours"] <= 100 and 1 <= line["effective_rank"] <= 64 and 0 < line["spread"] < 1
+    assert with_measures[0]["effective_rank"] != frozen["effective_rank"]
+
+
+def test_the_last_look_is_what_the_result_says(few_glyphs, tmp_path):
+    """held_out in probe.json: the same measures, from the features that the classifier reads, for both encoders."""
+    train_here(tmp_path, "--eval-every", "1")
+    result, last = json.loads((tmp_path / "probe.json").read_text()), log_of(tmp_path)[-1]
+    assert {name: last[name] for name in MEASURES} == result["held_out"]
+    assert {name: last[f"frozen_{name}"] for name in MEASURES} == result["frozen"]["held_out"]
+    assert list(result["few_labels"]) == list(result["frozen"]["few_labels"]) == ["1", "10"]
+    assert all(name in result and name in result["frozen"] for name in ("top1", *MEASURES))
+    assert result["frozen_top1"] == result["frozen"]["top1"]
+
+
+def test_held_out():
+    assert [probe.held_out(n) for n in (2, 200, 10_000, 60_000)] == [(1, 1), (50, 20), (2500, 1000), (10_000, 2000)]
+
+
+def test_images_without_labels(few_glyphs, monkeypatch, tmp_path, capsys):
+    """A run ends with what can be said: rank and spread, and why there is no top-1; supervised training is refused."""
+    few = data.glyphs()
+    nothing = data.Dataset(few.train_images, few.train_labels * 0 - 1, few.test_images, few.test_labels * 0 - 1,
+                           classes=0, mean=few.mean, std=few.std)
+    monkeypatch.setattr(data, "glyphs", lambda: nothing)
+    train_here(tmp_path / "run", "--eval-every", "1")
+    printed = capsys.readouterr().out
+    assert "no top-1: these images have no labels" in printed and "top-1 on" not in printed
+    assert "effective rank of 64: frozen " in printed
+    result = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert result["top1"] is None and result["test_images"] == 100 and "neighbours" not in result
+    assert result["effective_rank"] > 1 and result["frozen"]["spread"] > 0
+    assert "neighbours" not in log_of(tmp_path / "run")[-1] and "effective_rank" in log_of(tmp_path / "run")[-1]
+    run.call(probe.main, probe.parse([str(tmp_path / "run"), "--device", "cpu", "--features", f"{tmp_path}/f.npz"]))
+    assert set(json.loads(capsys.readouterr().out)) == {"train_features", "test_features"}
+    train_here(tmp_path / "frozen", "--method", "frozen")
+    with pytest.raises(SystemExit) as end:
+        train_here(tmp_path / "supervised", "--method", "supervised")
+    assert end.value.code == 2 and "needs labels" in capsys.readouterr().err
