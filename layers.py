@@ -22,11 +22,11 @@ def default_filters(group, kernel_size):
     1.41 apart found (experiments/filters.py). More scales need a larger kernel or a smaller sigma."""
     if group == "rotation":
         return (kernel_size + 3) // 2, 0.55 * kernel_size**0.5 - 0.5
-    return 3, 0.09 * kernel_size if group == "scale" else 0.9
+    return 3, (kernel_size + 1) / 13 if group == "scale" else 0.9
 
 
 def hermite_orders(group, effective_size):
-    """List the orders (n, m): n, m < effective_size is SESN's basis "A"; n + m < effective_size is closed under turns."""
+    """The orders (n, m): n, m < effective_size is SESN's basis "A"; n + m < effective_size is closed under turns."""
     limit = 2 * effective_size - 1 if group != "rotation" else effective_size
     return [(n, m) for n in range(effective_size) for m in range(effective_size) if n + m < limit]
 
@@ -51,11 +51,11 @@ def blurred_hermite_gaussian(t, order, sigma):
 def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=None, scale_step=1.41):
     """Sample the basis functions for every orientation or scale: (K, G, k, k) in float64.
 
-    Translation has SESN's samples. A kernel cuts functions off, each orientation or scale in other places, so there the
-    k x k filter is taken that answers noise most like the whole function does: noise blurred by 1 pixel, in which values
-    d pixels apart correlate by exp(-d²/4), and a little white noise. One matrix fits all: steering stays linear. Each
-    function is divided by its norm at the first of them (SESN: at the smallest scale). Raises a ValueError for an
-    unknown group or sizes that make no basis.
+    Translation has SESN's samples. A kernel cuts functions off, each orientation or scale in other places, so there it
+    holds what answers noise most like the whole function does: noise blurred by 1 pixel, in which values d pixels apart
+    correlate by exp(-d²/4), and a little white noise. One matrix fits all: steering stays linear. Each function is
+    divided by its norm at the first of them (SESN: at the smallest scale). Raises a ValueError for an unknown group or
+    sizes that make no basis.
 
     Args:
         group: "translation", "rotation" or "scale". kernel_size: k, odd, in pixels.
