@@ -23,6 +23,7 @@ from report import RESULTS
 
 ORIENTATIONS, SCALES, STEP, CHANNELS = 8, 3, 1.41, 6
 BLURS = (1.0, 1.5, 2.5)
+AS_MANY = {5: (5, 0.65), 7: (6, 0.88), 9: (8, 1.0)}        # k: effective size and σ for no fewer functions than escnn's
 SEED = 1000                                                # the search for the defaults saw other images and networks
 
 
@@ -121,6 +122,10 @@ def rotation(args):
         sides = {"escnn": escnn_filters(k)} if installed("escnn.nn") else {}
         sides |= {"before: n + m < 5, σ 0.9, cut off": cut_off("rotation", k),
                   f"now: n + m < {orders}, σ {sigma:.2f}, fitted": steerable_basis("rotation", ORIENTATIONS, k)}
+        if k in AS_MANY:
+            orders, sigma = AS_MANY[k]
+            more = steerable_basis("rotation", ORIENTATIONS, k, orders, sigma)
+            sides[f"with --effective-size {orders} --sigma {sigma}"] = more
         for name, basis in sides.items():
             found = [errors(basis, "rotation", args, blur) for blur in BLURS]
             worst = max(errors(basis, "rotation", args, 1.0, steps).max().item() for steps in (2, 4, 6))

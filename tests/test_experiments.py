@@ -226,7 +226,7 @@ def test_every_layer_of_an_untied_network_errs(x):
 
 @pytest.mark.usefixtures("float64")
 def test_errors_of_filters(tmp_path, monkeypatch, capsys):
-    """Quarter turns of the images are those of the pixels; filters that do not turn have an error; all rows are kept."""
+    """Quarter turns of images are those of pixels; filters that do not turn have an error; all rows are kept."""
     x, turned = (filters.waves(3, 9, 1.0, matrix) for matrix in (torch.eye(2), filters.turn(2)))
     torch.testing.assert_close(turned, x.rot90(1, (2, 3)), rtol=0, atol=1e-10)
     args = argparse.Namespace(networks=2, images=10)
@@ -237,6 +237,6 @@ def test_errors_of_filters(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", words.split())
     filters.main()
     found = json.loads((tmp_path / "filters.json").read_text())
-    assert [row["K"] for row in found["rotation"]][-2:] == [15, 10] and len(found["scale"]) == 5
+    assert [row["K"] for row in found["rotation"]][-3:] == [15, 10, 15] and len(found["scale"]) == 5
     assert all(len(errors) == 2 for row in found["rotation"] + found["scale"] for errors in row["errors"])
     assert capsys.readouterr().out.count("| now: ") == 2
