@@ -6,8 +6,7 @@ rotation turns the functions, scale widens them. Two backbones follow, and two n
 
 Letters: B batch, C channels, G length of the group axis, H W space, K basis functions, E extent of a filter along G,
 k kernel side. Features are (B, C, G, H, W). In memory G comes before C, so that folding G into the batch (pooling,
-norms) or the channels (convolutions) copies nothing; only `Untied` returns another order.
-"""
+norms) or the channels (convolutions) copies nothing; only `Untied` returns another order."""
 import contextlib
 import math
 
@@ -18,16 +17,18 @@ from torch.utils.checkpoint import checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------- the fixed basis
-def hermite_orders(group, effective_size):
-    """List the orders (n, m) of the basis functions He_n(x) He_m(y).
-
-    n, m < effective_size is SESN's basis "A". For rotation it is n + m <= 2 (effective_size - 1), the smallest set that
-    contains these and is closed under turns.
-    """
+def default_filters(group, kernel_size):
+    """The default (effective_size, sigma): SESN's for translation, else what a search with 8 orientations or 3 scales
+    1.41 apart found (experiments/filters.py). More scales need a larger kernel or a smaller sigma."""
     if group == "rotation":
-        top = 2 * (effective_size - 1)
-        return [(n, m) for n in range(top + 1) for m in range(top + 1 - n)]
-    return [(n, m) for n in range(effective_size) for m in range(effective_size)]
+        return (kernel_size + 3) // 2, 0.55 * kernel_size**0.5 - 0.5
+    return 3, (kernel_size + 1) / 13 if group == "scale" else 0.9
+
+
+def hermite_orders(group, effective_size):
+    """The orders (n, m): n, m < effective_size is SESN's basis "A"; n + m < effective_size is closed under turns."""
+    limit = 2 * effective_size - 1 if group != "rotation" else effective_size
+    return [(n, m) for n in range(effective_size) for m in range(effective_size) if n + m < limit]
 
 
 def hermite_gaussian(t, order, sigma):
@@ -38,45 +39,57 @@ def hermite_gaussian(t, order, sigma):
     return current * torch.exp(-t**2 / (2 * sigma**2)) / sigma
 
 
-def steerable_basis(group, group_size, kernel_size, effective_size, sigma, scale_step=1.41):
+def blurred_hermite_gaussian(t, order, sigma):
+    """H_order(t/σ) exp(-t²/2σ²)/σ, convolved with the normal density of variance 2. With the physicists' polynomials H
+    the functions are orthogonal, so a random filter is no high-pass, as one of He is: grids lose high frequencies."""
+    previous, current, variance = torch.zeros_like(t), torch.ones_like(t), sigma**2 + 2
+    for j in range(order):                 # what the blur makes of H_{j+1} = 2t H_j - 2j H_{j-1}
+        previous, current = current, 2 * (sigma * t * current - j * (sigma**2 - 2) * previous) / variance
+    return current * torch.exp(-t**2 / (2 * variance)) / variance**0.5
+
+
+def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=None, scale_step=1.41):
     """Sample the basis functions for every orientation or scale: (K, G, k, k) in float64.
 
-    Each function is divided by its norm at the first of them (SESN: at the smallest scale), one number for all, so that
-    steering stays linear. Raises a ValueError for an unknown group or sizes that make no basis.
+    Translation has SESN's samples. A kernel cuts functions off, each orientation or scale in other places, so there it
+    holds what answers noise most like the whole function does: noise blurred by 1 pixel, in which values d pixels apart
+    correlate by exp(-d²/4), and a little white noise. One matrix fits all: steering stays linear. Each function is
+    divided by its norm at the first of them (SESN: at the smallest scale). Raises a ValueError for an unknown group or
+    sizes that make no basis.
 
     Args:
-        group: "translation", "rotation" or "scale".
+        group: "translation", "rotation" or "scale". kernel_size: k, odd, in pixels.
         group_size: G, how many orientations (360/G degrees apart, counter-clockwise) or scales; 1 for translation.
-        kernel_size: k, odd, in pixels. For scale it is the window of the widest functions; that of width σ is the odd
-            number at or below k σ/σ_max (plus 1 where that is even), zero-padded to k, as in SESN.
-        effective_size: number of Hermite orders along each axis, see `hermite_orders`.
-        sigma: width of the functions in pixels; for scale, the smallest width.
-        scale_step: ratio of neighbouring widths, for scale only. SESN's STL-10 network has 0.9 * 1.41**i, i < 3.
-    """
+        effective_size: number of Hermite orders, see `hermite_orders`. None: see `default_filters`.
+        sigma: width of the functions in pixels; for scale, the smallest width. None: see `default_filters`.
+        scale_step: ratio of neighbouring widths, for scale only. SESN's STL-10 network has 0.9 * 1.41**i, i < 3."""
     if group not in ("translation", "rotation", "scale"):
         raise ValueError(f"group is {group!r}, but must be one of translation, rotation, scale")
     if group_size < 1 or (group == "translation" and group_size != 1):
         raise ValueError(f"group_size is {group_size}, but must be exactly 1 for translation, else at least 1")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size is {kernel_size}, but must be odd and positive")
+    given = zip((effective_size, sigma), default_filters(group, kernel_size))
+    effective_size, sigma = (default if value is None else value for value, default in given)
     if effective_size < 1 or sigma <= 0 or scale_step <= 1:
         raise ValueError(f"need effective_size >= 1, sigma > 0, scale_step > 1: {effective_size, sigma, scale_step}")
 
-    half = kernel_size // 2
-    y, x = torch.meshgrid(*[torch.arange(-half, half + 1, dtype=torch.float64)] * 2, indexing="ij")    # rows point down
-    samples = []
+    t = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
+    y, x = torch.meshgrid(t, t, indexing="ij")                                                       # rows point down
+    function, samples = hermite_gaussian if group == "translation" else blurred_hermite_gaussian, []
     for i in range(group_size):
-        u, v, width, window = x, y, sigma, kernel_size
+        u, v, width = x, y, sigma * scale_step**i if group == "scale" else sigma
         if group == "rotation":            # a turned function is read at the point turned back
-            cos, sin = (round(t(2 * math.pi * i / group_size), 15) for t in (math.cos, math.sin))      # exact at 90°
+            cos, sin = (round(f(2 * math.pi * i / group_size), 15) for f in (math.cos, math.sin))      # exact at 90°
             u, v = cos * x - sin * y, sin * x + cos * y
-        elif group == "scale":
-            width = sigma * scale_step**i
-            window = int(kernel_size * width / (sigma * scale_step ** (group_size - 1))) // 2 * 2 + 1
-        inside = torch.maximum(x.abs(), y.abs()) <= window // 2
-        samples.append(torch.stack([hermite_gaussian(u, n, width) * hermite_gaussian(v, m, width) * inside
+        samples.append(torch.stack([function(u, n, width) * function(v, m, width)
                                     for n, m in hermite_orders(group, effective_size)]))
     basis = torch.stack(samples, dim=1)                                        # (K, G, k, k)
+    if group != "translation":
+        correlation = torch.exp(-(t[:, None] - t) ** 2 / 4)
+        noise = torch.kron(correlation, correlation)                           # (k², k²)
+        noise.diagonal().add_(0.005)
+        basis = (basis.flatten(2) @ noise.inverse()).view_as(basis)            # least squares
     norm = basis[:, :1].square().sum((2, 3), keepdim=True).sqrt()
     if not (norm > 1e-12).all():                                               # also catches nan
         raise ValueError(f"a basis function vanishes on a {kernel_size}x{kernel_size} kernel with sigma {sigma}: "
@@ -93,8 +106,7 @@ class SteerableConv2d(nn.Module):
         in_channels, out_channels: C and C'.
         basis: (K, G, k, k), from `steerable_basis`.
         extent: E, how many neighbouring orientations or scales a filter of the group layer spans, 1 to G.
-        padding_mode: "zeros" or "circular"; the map keeps its size. bias: one number per channel, the same along G.
-    """
+        padding_mode: "zeros" or "circular"; the map keeps its size. bias: one number per channel, the same along G."""
     def __init__(self, in_channels, out_channels, basis, extent=1, padding_mode="zeros", bias=True):
         super().__init__()
         if not 1 <= extent <= basis.shape[1]:
@@ -123,10 +135,8 @@ class SteerableConv2d(nn.Module):
 
 
 class LiftingConv2d(SteerableConv2d):
-    """From an image to a function on the group: (B, C, H, W) -> (B, C', G, H, W).
-
-    Output g is the image seen by the filters turned (or widened) by g. Arguments: see `SteerableConv2d`.
-    """
+    """From an image to a function on the group, (B, C, H, W) -> (B, C', G, H, W): output g is the image seen by the
+    filters turned (or widened) by g. Arguments: see `SteerableConv2d`."""
     def forward(self, x):
         return self.convolve(x, self.filters())
 
@@ -136,8 +146,7 @@ class GroupConv2d(SteerableConv2d):
 
     Output g reads the inputs g, g + 1, ..., g + E - 1 through filters turned (or widened) by g. After the last input
     comes the first again if cyclic (rotation), else zero (scale). With E = 1 this is one grouped convolution, else one
-    dense convolution in which inputs out of reach get zero weights. Other arguments: see `SteerableConv2d`.
-    """
+    dense convolution in which inputs out of reach get zero weights. Other arguments: see `SteerableConv2d`."""
     def __init__(self, in_channels, out_channels, basis, extent=1, cyclic=False, padding_mode="zeros", bias=True):
         super().__init__(in_channels, out_channels, basis, extent, padding_mode, bias)
         g, h = torch.meshgrid(torch.arange(self.group_size), torch.arange(self.group_size), indexing="ij")
@@ -192,14 +201,12 @@ class MNISTBackbone(Backbone):
         group, group_size, kernel_size, effective_size, sigma, scale_step: see `steerable_basis`.
         widths: channels of the three stages; SESN has 32, 63, 95.
         extent: orientations or scales that a filter spans; None for SESN's 1 for scale, and all for rotation.
-        padding_mode: "zeros", or "circular" to make shifts by the stride, 4 pixels, exact.
-    """
+        padding_mode: "zeros", or "circular" to make shifts by the stride, 4 pixels, exact."""
     def __init__(self, group="translation", group_size=1, widths=(32, 63, 95), in_channels=1, kernel_size=7,
-                 effective_size=3, sigma=0.9, scale_step=1.41, extent=None, padding_mode="zeros"):
+                 effective_size=None, sigma=None, scale_step=1.41, extent=None, padding_mode="zeros"):
         basis = steerable_basis(group, group_size, kernel_size, effective_size, sigma, scale_step)
         check_widths(widths, 3)
-        if extent is None:
-            extent = group_size if group == "rotation" else 1
+        extent = extent if extent is not None else group_size if group == "rotation" else 1
         span = dict(extent=extent, cyclic=group == "rotation", padding_mode=padding_mode)
         one, two, three = widths
         super().__init__(
@@ -217,8 +224,7 @@ class ResidualBlock(nn.Module):
 
     Where SESN strides, 2x2 means are taken before both branches, for the same work. A stride reads one corner of each
     2x2 cell, which a quarter turn moves to another corner; the mean of the cell stays. convolution makes a group
-    convolution from C and C'. Where these differ, the shortcut is a 1x1 convolution, the same along G.
-    """
+    convolution from C and C'. Where these differ, the shortcut is a 1x1 convolution, the same along G."""
     def __init__(self, in_channels, out_channels, down, convolution):
         super().__init__()
         self.activate = PerElement(nn.BatchNorm2d(in_channels), nn.ReLU(), nn.AvgPool2d(2) if down else nn.Identity())
@@ -264,19 +270,16 @@ class ResidualBackbone(Backbone):
     map, batch norm and ReLU. SESN takes the maximum over scales before the last two; here views need the group axis.
 
     Args:
-        widths: channels of the lifting layer and of the three stages; SESN has 16, 128, 256, 512.
-        depth: 6n + 4; SESN has 16.
-        checkpoint_activations: build the blocks as `CheckpointedBlock`. The others are as for `MNISTBackbone`.
-    """
+        widths: channels of the lifting layer and of the stages; SESN has 16, 128, 256, 512. depth: 6n + 4; SESN has 16.
+        checkpoint_activations: build the blocks as `CheckpointedBlock`. The others are as for `MNISTBackbone`."""
     def __init__(self, group="translation", group_size=1, widths=(16, 128, 256, 512), in_channels=3, kernel_size=7,
-                 effective_size=3, sigma=0.9, scale_step=1.41, extent=None, padding_mode="zeros", depth=16,
+                 effective_size=None, sigma=None, scale_step=1.41, extent=None, padding_mode="zeros", depth=16,
                  checkpoint_activations=False):
         basis = steerable_basis(group, group_size, kernel_size, effective_size, sigma, scale_step)
         check_widths(widths, 4)
         if depth < 10 or depth % 6 != 4:
             raise ValueError(f"depth is {depth}, but must be 10, 16, 22, ...: 6n + 4")
-        if extent is None:
-            extent = group_size if group == "rotation" else 1
+        extent = extent if extent is not None else group_size if group == "rotation" else 1
 
         def convolution(channels, out_channels):
             return GroupConv2d(channels, out_channels, basis, extent, group == "rotation", padding_mode, bias=False)
@@ -297,8 +300,7 @@ class ResNet18Backbone(nn.Sequential):
     """torchvision's ResNet-18 without pooling and classifier, for translation: (B, C, H, H) -> (B, 512, 1, H/s, H/s).
 
     Images of 64 pixels and less get the 3x3 stem of work on CIFAR-10, and the stride s = 8; else s = 32. padding_mode:
-    see `MNISTBackbone`; circular makes shifts by s exact. Raises a ValueError for a side H that s does not divide.
-    """
+    see `MNISTBackbone`; circular makes shifts by s exact. Raises a ValueError for a side H that s does not divide."""
     def __init__(self, side, in_channels=3, padding_mode="zeros"):
         from torchvision.models import resnet18                                # here, for it takes seconds
         network, small = resnet18(), side <= 64
@@ -324,8 +326,7 @@ class Untied(nn.Module):
     """An ordinary network with a lifted one's activations, but no weight shared along the group.
 
     network is a backbone for translation with G times the channels: (B, C_in, H, W) -> (B, G·C, 1, H', W'). Its
-    channels, which have no order, are then called G orientations or scales of C channels: (B, C, G, H', W').
-    """
+    channels, which have no order, are then called G orientations or scales of C channels: (B, C, G, H', W')."""
     def __init__(self, network, group_size):
         super().__init__()
         self.network, self.group_size, self.stride = network, group_size, network.stride
@@ -338,8 +339,7 @@ class DenseBackbone(nn.Sequential):
     """A network with the activations of `MNISTBackbone` for translation, but no weight shared between positions.
 
     (B, in_channels, side, side) -> (B, widths[2], 1, side/4, side/4), side divisible by 4: three stages of linear layer
-    -> ReLU -> batch norm, each with as many outputs as the convolutional stage. Raises a ValueError unless 3 widths.
-    """
+    -> ReLU -> batch norm, each with as many outputs as the convolutional stage. Raises a ValueError unless 3 widths."""
     stride = 4
 
     def __init__(self, side, widths=(32, 63, 95), in_channels=1):

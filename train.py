@@ -105,8 +105,8 @@ def parse(argv=None):
     add("--group-size", type=count, help="orientations or scales of the encoder")
     add("--extent", type=count, help="how many of them a filter spans (default: all for rotation, 1 for scale)")
     add("--kernel-size", type=count, help="side of the filters in pixels")
-    add("--effective-size", type=count, default=3, help="Hermite orders along each axis")
-    add("--sigma", type=positive, default=0.9, help="width of the basis functions in pixels; for scale, the smallest")
+    add("--effective-size", type=count, help="Hermite orders (default: by group and kernel size)")
+    add("--sigma", type=positive, help="(smallest) width of the filters in pixels (default: by group and kernel size)")
     add("--scale-step", type=run.number(float, 1, above=True), default=1.41, help="ratio of neighbouring scales")
     add("--padding", choices=("zeros", "circular"), default="zeros", help="of the convolutions, and of shifted images")
     # Objective, views, projection head, detached classifier

@@ -66,7 +66,7 @@ def convolution(group, group_size, extent, c_in, c_out, side, images, device):
             torch.autograd.grad(y, (x, *parameters), torch.ones_like(y))
         return both
 
-    basis = steerable_basis(group, group_size, 7, 3, 0.9)
+    basis = steerable_basis(group, group_size, 7)
     if lifting:
         layer = ours = LiftingConv2d(c_in, c_out, basis).to(device)
     else:

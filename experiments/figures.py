@@ -222,7 +222,7 @@ def tour_filters(s):
     """Step 2: basis functions, turned and widened."""
     figure = plt.figure(figsize=(8.4, 4.2))
     figure.text(0.02, 0.94, "rotation: functions at 0°, 90°, 180°, 270°")
-    figure.text(0.55, 0.94, "scale: functions at widths 0.9, 1.27, 1.79")
+    figure.text(0.55, 0.94, "scale: functions at widths 0.62, 0.87, 1.22")
     for basis, functions, left in ((s.turned, (1, 6, 9, 12), 0.04), (s.widened, (0, 1, 4, 5), 1.1)):
         for row, k in enumerate(functions):
             for g in range(basis.shape[1]):

@@ -212,7 +212,7 @@ def huge(args):
     """two residual blocks whose tensors have 2**31 elements, forward and backward, against halves of the batch"""
     side, images = (8, 4) if args.smallest or args.device == "cpu" else (64, 1024)
     torch.manual_seed(0)
-    basis = steerable_basis("rotation", 4, 7, 3, 0.9)
+    basis = steerable_basis("rotation", 4, 7)
     blocks = nn.Sequential(*(
         ResidualBlock(128, channels, down, lambda c_in, c_out: GroupConv2d(c_in, c_out, basis, 4, True, bias=False))
         for channels, down in ((128, False), (8, True))))

@@ -1,4 +1,5 @@
 """experiments/: train.py takes every run that is listed, finished runs are kept, layers' errors are measured right."""
+import argparse
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ import torch
 
 import data
 import equivariance
+import filters
 import measure
 import on_gpu
 import probe
@@ -20,7 +22,7 @@ import tables
 import train
 from hssl import Crops, Rotation, Translation
 from kill_and_resume import start
-from layers import MNISTBackbone, Untied
+from layers import MNISTBackbone, Untied, steerable_basis
 
 SMALL = "--train-images 100 --batch-size 50 --epochs 1 --warmup-epochs 0 --probe-epochs 1 --widths 2 2 2"
 
@@ -220,3 +222,21 @@ def test_shifts_err_by_the_border_alone(x):
 def test_every_layer_of_an_untied_network_errs(x):
     errors = equivariance.layer_errors(Untied(MNISTBackbone(widths=(12, 20, 24), kernel_size=5), 4), Rotation(4), x)
     assert len(errors) == 6 and min(error.mean() for error in errors.values()) > 0.7, errors
+
+
+@pytest.mark.usefixtures("float64")
+def test_errors_of_filters(tmp_path, monkeypatch, capsys):
+    """Quarter turns of images are those of pixels; filters that do not turn have an error; all rows are kept."""
+    x, turned = (filters.waves(3, 9, 1.0, matrix) for matrix in (torch.eye(2), filters.turn(2)))
+    torch.testing.assert_close(turned, x.rot90(1, (2, 3)), rtol=0, atol=1e-10)
+    args = argparse.Namespace(networks=2, images=10)
+    basis = steerable_basis("rotation", 8, 5)
+    assert filters.errors(basis, "rotation", args, 1.0, steps=2).max() < 1e-12
+    assert filters.errors(basis[:, :1].expand_as(basis), "rotation", args, 1.0).min() > 0.5
+    words = f"filters.py --networks 2 --images 10 --kernels 5 --results {tmp_path}"
+    monkeypatch.setattr("sys.argv", words.split())
+    filters.main()
+    found = json.loads((tmp_path / "filters.json").read_text())
+    assert [row["K"] for row in found["rotation"]][-3:] == [15, 10, 15] and len(found["scale"]) == 5
+    assert all(len(errors) == 2 for row in found["rotation"] + found["scale"] for errors in row["errors"])
+    assert capsys.readouterr().out.count("| now: ") == 2

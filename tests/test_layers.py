@@ -1,11 +1,14 @@
 """Layers against the same sums written as loops, and the sizes that they refuse."""
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hssl import Crops, Rotation, Scale, Translation, allowed_pairs, crop, drawn_sets, h_ssl_loss, readout
-from layers import DenseBackbone, GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement, steerable_basis
+from layers import (DenseBackbone, GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement, ResidualBackbone,
+                    default_filters, steerable_basis)
 from losses import nt_xent
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -69,12 +72,44 @@ def test_backbone_shape_and_layout(group, group_size):
     assert z.shape == (2, 5, group_size, 7, 7) and z.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("group, kernel_size, effective_size, sigma, count", (
+    ("translation", 5, 3, 0.9, 9), ("translation", 7, 3, 0.9, 9), ("scale", 7, 3, 0.615, 9), ("scale", 9, 3, 0.769, 9),
+    ("rotation", 3, 3, 0.453, 6), ("rotation", 5, 4, 0.730, 10), ("rotation", 7, 5, 0.955, 15),
+    ("rotation", 9, 6, 1.150, 21)))
+def test_default_filters(group, kernel_size, effective_size, sigma, count):
+    """What the basis has unless said otherwise, in both backbones too; one of the two may be given alone."""
+    assert default_filters(group, kernel_size) == (effective_size, pytest.approx(sigma, abs=5e-4))
+    width, size = default_filters(group, kernel_size)[1], {"translation": 1, "rotation": 8, "scale": 3}[group]
+    basis = steerable_basis(group, size, kernel_size)
+    assert basis.shape == (count, size, kernel_size, kernel_size) and basis.dtype == torch.float64
+    assert torch.equal(basis, steerable_basis(group, size, kernel_size, effective_size))
+    assert torch.equal(basis, steerable_basis(group, size, kernel_size, sigma=width))
+    assert not torch.allclose(basis, steerable_basis(group, size, kernel_size, sigma=1.1 * width))
+    assert len(steerable_basis(group, size, kernel_size, 2)) == (3 if group == "rotation" else 4)
+    for backbone, widths in ((MNISTBackbone, (1, 1, 1)), (ResidualBackbone, (1, 1, 1, 1))):
+        assert torch.equal(backbone(group, size, widths, kernel_size=kernel_size)[0].basis, basis)
+
+
+def test_filters_are_made_in_no_time():
+    """With a margin of ten or more; a wide function takes no more than a narrow one."""
+    start = time.perf_counter()
+    steerable_basis("rotation", 8, 7), steerable_basis("scale", 3, 7, sigma=100.0), steerable_basis("rotation", 8, 15)
+    assert time.perf_counter() - start < 2
+
+
 @pytest.mark.parametrize("make, message", (
     (lambda: steerable_basis("shear", 1, 5, 2, 1.0), "must be one of"),
     (lambda: steerable_basis("translation", 2, 5, 2, 1.0), "exactly 1"),
     (lambda: steerable_basis("rotation", 4, 4, 2, 1.0), "odd"),
     (lambda: steerable_basis("rotation", 4, 5, 0, 1.0), "effective_size >= 1"),
+    (lambda: steerable_basis("rotation", 4, 5, sigma=0.0), "sigma > 0"),
+    (lambda: steerable_basis("scale", 3, 5, scale_step=1.0), "scale_step > 1"),
     (lambda: steerable_basis("scale", 3, 1, 3, 1.0), "vanishes"),
+    (lambda: steerable_basis("rotation", 4, 1), "vanishes"),
+    (lambda: steerable_basis("translation", 1, 1), "vanishes"),
+    (lambda: steerable_basis("rotation", 4, 7, sigma=1e-300), "vanishes"),
+    (lambda: steerable_basis("rotation", 4, 7, sigma=1e100), "vanishes"),
+    (lambda: ResidualBackbone("rotation", 4, kernel_size=6), "odd"),
     (lambda: GroupConv2d(1, 1, steerable_basis("rotation", 4, 5, 2, 1.0), extent=5), "1 to 4"),
     (lambda: LiftingConv2d(1, 1, steerable_basis("rotation", 4, 5, 2, 1.0), padding_mode="mirror"), "'circular'"),
     (lambda: MNISTBackbone(widths=(1, 2)), "3 positive"),
