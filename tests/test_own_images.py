@@ -491,4 +491,5 @@ def test_validate_of_glyphs(monkeypatch):
 
 
 def test_image_size_is_64_if_not_given(tmp_path):
-    assert data.load("folder", tree(tmp_path / "own", *(f"{i}.png" for i in range(3)))).train_images.shape[2:] == (64, 64)
+    own = tree(tmp_path / "own", *(f"{i}.png" for i in range(3)))
+    assert data.load("folder", own).train_images.shape[2:] == (64, 64)
