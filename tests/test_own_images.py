@@ -202,7 +202,7 @@ def test_resized_and_centre_cropped(tmp_path, size):
 
 
 def test_a_fine_pattern_is_averaged(tmp_path):
-    """Antialiasing: stripes of one pixel become grey, for PNG and for JPEG that is decoded at a fraction of its size."""
+    """Antialiasing: stripes of one pixel become grey, for PNG and for JPEG decoded at a fraction of its size."""
     stripes = np.tile(np.uint8([0, 255]), (128, 64))
     for extension in ("png", "jpg"):
         path = tmp_path / extension / f"x.{extension}"
