@@ -202,7 +202,7 @@ def test_resized_and_centre_cropped(tmp_path, size):
 
 
 def test_a_fine_pattern_is_averaged(tmp_path):
-    """Antialiasing: stripes of one pixel become grey, for PNG and for JPEG that is decoded at a fraction of its size."""
+    """Antialiasing: stripes of one pixel become grey, for PNG and for JPEG decoded at a fraction of its size."""
     stripes = np.tile(np.uint8([0, 255]), (128, 64))
     for extension in ("png", "jpg"):
         path = tmp_path / extension / f"x.{extension}"
@@ -491,4 +491,5 @@ def test_validate_of_glyphs(monkeypatch):
 
 
 def test_image_size_is_64_if_not_given(tmp_path):
-    assert data.load("folder", tree(tmp_path / "own", *(f"{i}.png" for i in range(3)))).train_images.shape[2:] == (64, 64)
+    own = tree(tmp_path / "own", *(f"{i}.png" for i in range(3)))
+    assert data.load("folder", own).train_images.shape[2:] == (64, 64)
