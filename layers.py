@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------- the fixed basis
 def default_filters(group, kernel_size):
-    """The default (effective_size, sigma): SESN's for translation, else what a search with 8 orientations or 3 scales
-    1.41 apart found (experiments/filters.py). More scales need a larger kernel or a smaller sigma."""
+    """The default (effective_size, sigma): SESN's for translation, else what a search found with 8 orientations, or with
+    3 scales 1.41 apart (experiments/filters.py). More scales need a larger kernel or a smaller sigma."""
     if group == "rotation":
         return (kernel_size + 3) // 2, 0.55 * kernel_size**0.5 - 0.5
-    return 3, (kernel_size + 1) / 13 if group == "scale" else 0.9
+    return 3, kernel_size / 10 if group == "scale" else 0.9
 
 
 def hermite_orders(group, effective_size):
@@ -39,23 +39,14 @@ def hermite_gaussian(t, order, sigma):
     return current * torch.exp(-t**2 / (2 * sigma**2)) / sigma
 
 
-def blurred_hermite_gaussian(t, order, sigma):
-    """H_order(t/σ) exp(-t²/2σ²)/σ, convolved with the normal density of variance 2. With the physicists' polynomials H
-    the functions are orthogonal, so a random filter is no high-pass, as one of He is: grids lose high frequencies."""
-    previous, current, variance = torch.zeros_like(t), torch.ones_like(t), sigma**2 + 2
-    for j in range(order):                 # what the blur makes of H_{j+1} = 2t H_j - 2j H_{j-1}
-        previous, current = current, 2 * (sigma * t * current - j * (sigma**2 - 2) * previous) / variance
-    return current * torch.exp(-t**2 / (2 * variance)) / variance**0.5
-
-
 def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=None, scale_step=1.41):
     """Sample the basis functions for every orientation or scale: (K, G, k, k) in float64.
 
-    Translation has SESN's samples. A kernel cuts functions off, each orientation or scale in other places, so there it
-    holds what answers noise most like the whole function does: noise blurred by 1 pixel, in which values d pixels apart
-    correlate by exp(-d²/4), and a little white noise. One matrix fits all: steering stays linear. Each function is
-    divided by its norm at the first of them (SESN: at the smallest scale). Raises a ValueError for an unknown group or
-    sizes that make no basis.
+    Translation has SESN's samples. But a kernel cuts a function off, in other places for each orientation or scale. So
+    for these it holds what answers noise most like the whole function does: noise blurred by 1 pixel, in which values d
+    pixels apart correlate by exp(-d²/4), and a little white noise. One matrix fits all: steering stays linear. Each
+    function is divided by its norm at the first of them (SESN: at the smallest scale). Raises a ValueError for an
+    unknown group or sizes that make no basis.
 
     Args:
         group: "translation", "rotation" or "scale". kernel_size: k, odd, in pixels.
@@ -76,14 +67,17 @@ def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=N
 
     t = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
     y, x = torch.meshgrid(t, t, indexing="ij")                                                       # rows point down
-    function, samples = hermite_gaussian if group == "translation" else blurred_hermite_gaussian, []
+    samples = []
     for i in range(group_size):
         u, v, width = x, y, sigma * scale_step**i if group == "scale" else sigma
         if group == "rotation":            # a turned function is read at the point turned back
             cos, sin = (round(f(2 * math.pi * i / group_size), 15) for f in (math.cos, math.sin))      # exact at 90°
             u, v = cos * x - sin * y, sin * x + cos * y
-        samples.append(torch.stack([function(u, n, width) * function(v, m, width)
-                                    for n, m in hermite_orders(group, effective_size)]))
+        # The noise's correlation is a blur, and the functions, derivatives of a Gaussian, are only widened by it.
+        blurred = width if group == "translation" else (width**2 + 2) ** 0.5
+        samples.append(torch.stack([
+            hermite_gaussian(u, n, blurred) * hermite_gaussian(v, m, blurred) * (width / blurred) ** (n + m)
+            for n, m in hermite_orders(group, effective_size)]))
     basis = torch.stack(samples, dim=1)                                        # (K, G, k, k)
     if group != "translation":
         correlation = torch.exp(-(t[:, None] - t) ** 2 / 4)

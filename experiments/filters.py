@@ -6,7 +6,9 @@ Nothing is interpolated or padded: images are sums of plane waves with the spect
 pixels, so T_g x is the same sum at other points, and a lifting and a group layer, ReLU between them, without padding
 leave one position, the centre, where Γ_g only moves the fiber. So the error ‖f(T_g x) - Γ_g f(x)‖ / ‖Γ_g f(x)‖ is that
 of the filters and of sampling itself. Networks have random weights; numbers are means over networks ± standard errors.
-escnn's functions, where it is installed, are read out of R2Conv one weight at a time and run in the same layers.
+escnn's functions, where it is installed, are read out of R2Conv one weight at a time and run in the same layers. Random
+weights favour some filters over others, in each parametrisation other ones; so there are two numbers for rotation: with
+the functions as they are, and with orthonormal ones that span the same space, which favour none.
 Writes experiments/results/filters.json and prints tables. Letters: K functions, k kernel side.
 """
 import argparse
@@ -36,6 +38,12 @@ def grid(side):
     """x and y of side x side pixels, rows pointing down."""
     t = torch.arange(side) - side // 2.0
     return torch.meshgrid(t, t, indexing="xy")
+
+
+def orthonormal(basis):
+    """Functions that are orthonormal at the first orientation or scale, and together express the same filters."""
+    U, S, _ = torch.linalg.svd(basis[:, 0].flatten(1), full_matrices=False)
+    return torch.einsum("kj,kghw->jghw", U / S, basis)
 
 
 def cut_off(group, k, sigma=0.9, windows=False):
@@ -116,7 +124,8 @@ def mean(found):
 def rotation(args):
     """8 orientations: escnn's filters, ours before and ours now, for each kernel size."""
     rows = []
-    header("k", "filters", "K", *(f"blur {blur}" for blur in BLURS), "quarter turns")
+    header("k", "filters", "K", *(f"span, blur {blur}" for blur in BLURS), *(f"as is, blur {blur}" for blur in BLURS),
+           "quarter turns")
     for k in args.kernels:
         orders, sigma = default_filters("rotation", k)
         sides = {"escnn": escnn_filters(k)} if installed("escnn.nn") else {}
@@ -127,10 +136,12 @@ def rotation(args):
             more = steerable_basis("rotation", ORIENTATIONS, k, orders, sigma)
             sides[f"with --effective-size {orders} --sigma {sigma}"] = more
         for name, basis in sides.items():
-            found = [errors(basis, "rotation", args, blur) for blur in BLURS]
+            span, found = ([errors(functions, "rotation", args, blur) for blur in BLURS]
+                           for functions in (orthonormal(basis), basis))
             worst = max(errors(basis, "rotation", args, 1.0, steps).max().item() for steps in (2, 4, 6))
-            rows.append(dict(k=k, filters=name, K=len(basis), errors=[e.tolist() for e in found], quarter_turns=worst))
-            row(k, name, len(basis), *map(mean, found), f"{worst:.0e}")
+            rows.append(dict(k=k, filters=name, K=len(basis), span=[e.tolist() for e in span],
+                             errors=[e.tolist() for e in found], quarter_turns=worst))
+            row(k, name, len(basis), *map(mean, span), *map(mean, found), f"{worst:.0e}")
     return rows
 
 

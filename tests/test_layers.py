@@ -73,7 +73,7 @@ def test_backbone_shape_and_layout(group, group_size):
 
 
 @pytest.mark.parametrize("group, kernel_size, effective_size, sigma, count", (
-    ("translation", 5, 3, 0.9, 9), ("translation", 7, 3, 0.9, 9), ("scale", 7, 3, 0.615, 9), ("scale", 9, 3, 0.769, 9),
+    ("translation", 5, 3, 0.9, 9), ("translation", 7, 3, 0.9, 9), ("scale", 7, 3, 0.7, 9), ("scale", 9, 3, 0.9, 9),
     ("rotation", 3, 3, 0.453, 6), ("rotation", 5, 4, 0.730, 10), ("rotation", 7, 5, 0.955, 15),
     ("rotation", 9, 6, 1.150, 21)))
 def test_default_filters(group, kernel_size, effective_size, sigma, count):
