@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------- the fixed basis
 def default_filters(group, kernel_size):
-    """The default (effective_size, sigma): SESN's for translation, else what a search found with 8 orientations, or with
-    3 scales 1.41 apart (experiments/filters.py). More scales need a larger kernel or a smaller sigma."""
+    """The default (effective_size, sigma): SESN's for translation, else what a search found with 8 orientations or 3
+    scales 1.41 apart (experiments/filters.py). More scales need a larger kernel or a smaller sigma."""
     if group == "rotation":
         return (kernel_size + 3) // 2, 0.55 * kernel_size**0.5 - 0.5
     return 3, kernel_size / 10 if group == "scale" else 0.9

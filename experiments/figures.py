@@ -199,8 +199,8 @@ def run(args):
         axes.scatter(*flat.T, c=labels if data.classes else GREY, cmap="tab10" if data.classes <= 10 else "hsv", s=5)
         axes.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
         axes.set_title(title, fontsize=9)
-    figure.text(0.36, 0.02, "embeddings of length 1 on their first two principal components, to one scale; colours: classes",
-                fontsize=8.5, color=GREY)
+    figure.text(0.36, 0.02, "embeddings of length 1 on their first two principal components, all to one scale; "
+                "colours: classes", fontsize=8.5, color=GREY)
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.07, hspace=0.3)
     return figure
 
@@ -222,7 +222,7 @@ def tour_filters(s):
     """Step 2: basis functions, turned and widened."""
     figure = plt.figure(figsize=(8.4, 4.2))
     figure.text(0.02, 0.94, "rotation: functions at 0°, 90°, 180°, 270°")
-    figure.text(0.55, 0.94, "scale: functions at widths 0.62, 0.87, 1.22")
+    figure.text(0.55, 0.94, "scale: functions at widths 0.7, 0.99, 1.39")
     for basis, functions, left in ((s.turned, (1, 6, 9, 12), 0.04), (s.widened, (0, 1, 4, 5), 1.1)):
         for row, k in enumerate(functions):
             for g in range(basis.shape[1]):

@@ -25,7 +25,7 @@ from report import RESULTS
 
 ORIENTATIONS, SCALES, STEP, CHANNELS = 8, 3, 1.41, 6
 BLURS = (1.0, 1.5, 2.5)
-AS_MANY = {5: (5, 0.65), 7: (6, 0.88), 9: (8, 1.0)}        # k: effective size and σ for no fewer functions than escnn's
+AS_MANY = {5: (5, 0.65), 7: (6, 0.88), 9: (8, 1.0)}        # k: effective size and σ with no fewer functions than escnn
 SEED = 1000                                                # rotation's defaults were found on other images and networks
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ def test_the_comparison_can_fail():
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(TOUR.parent))
     outputs = iter(printed for _, printed in run())
     text = BLOCK.sub(lambda match: f"```python\n{match[1]}```\n```text\n{next(outputs)}```", TOUR.read_text())
     TOUR.write_text(text)
