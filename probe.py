@@ -62,7 +62,7 @@ def effective_rank(x):
 def spread(x):
     """The deviation of representations (N, D) of length 1 in a mean dimension, times √D: 0 where all are alike, a
     collapse, up to 1 where they point everywhere alike (Chen and He, 2021, SimSiam)."""
-    return F.normalize(x, dim=1).std(0).mean().item() * x.shape[1] ** 0.5
+    return F.normalize(x, dim=1).std(0, correction=0).mean().item() * x.shape[1] ** 0.5
 
 
 def neighbours(x, labels, queries, answers, classes, k=20, temperature=0.1):
