@@ -36,13 +36,15 @@ def processes():
 def extract(encoder, data, images, grid, amp="off", batch_size=1000):
     """Represent images (N, C, H, W) uint8 by all maps of an encoder, averaged to grid x grid: (N, D) float32.
 
-    amp: the encoder's precision, as for `--amp`. Several processes take an equal share each, and all get the whole.
+    amp: the encoder's precision, as for `--amp`; what overflowed in it counts as 0. Several processes take an equal
+    share each, and all get the whole.
     """
     n, (rank, world) = len(images), processes()
     share = -(-n // world)                                                     # rounded up: a few images come twice
     index = torch.arange(share, device=images.device) + share * rank
     with run.precision(images.device, amp):
         own = torch.cat([readout(encoder(data.batch(images, i % n)), grid).float() for i in index.split(batch_size)])
+    own = own.nan_to_num(0, 0, 0)                                              # or one would spoil every mean
     if world == 1:
         return own
     shares = [torch.empty_like(own) for _ in range(world)]

@@ -39,10 +39,10 @@ DATASETS = {
     "mnist": PAPER | MNIST | dict(epochs=500),
     "cifar10": PAPER | RESIDUAL | dict(epochs=1300),
     "tiny-imagenet": PAPER | RESIDUAL | dict(epochs=1300, base_space=8),
-    "folder": PAPER | MNIST | dict(epochs=100, batch_size=256, trust_coefficient=0.01, grid=4),
+    "folder": PAPER | MNIST | dict(epochs=100, batch_size=256, trust_coefficient=0.01, grid=4, widths=[16, 32, 64],
+                                   kernel_size=5),
 }
 BACKBONES = "mnist", "residual", "resnet18"
-RESNET18 = {"cifar10": dict(base_space=2, grid=0), "tiny-imagenet": dict(base_space=4, grid=0)}     # on 4x4 and 8x8
 GROUPS = dict(translation=dict(group_size=1), rotation=dict(group_size=4, base_space=1),
               scale=dict(group_size=3, base_space=1))
 
@@ -59,13 +59,13 @@ def parse(argv=None):
     known, _ = p.parse_known_args(argv)
     defaults = DATASETS[known.dataset]
     p.set_defaults(group=defaults["group"], backbone=defaults["backbone"])
+    side = known.image_size or 64 if known.dataset == "folder" else datasets.SHAPES[known.dataset][1]
     if known.dataset == "folder":
-        known.image_size = known.image_size or 64
-        p.set_defaults(image_size=known.image_size)
-        defaults = defaults | dict(base_space=max(1, known.image_size // 8))   # half the feature map's side
+        p.set_defaults(image_size=side)
+        defaults = defaults | dict(base_space=side // 8 or 1)                  # half the feature map's side, as below
     defaults = defaults | GROUPS[known.group or defaults["group"]]
     if known.backbone == "resnet18":
-        defaults |= RESNET18.get(known.dataset, {})
+        defaults |= dict(base_space=side // (16 if side <= 64 else 64) or 1, grid=0)
     p.add_argument("--help", action="help", help="show this and the defaults in force for --dataset and --group")
 
     def add(flag, help, default=None, **options):

@@ -146,3 +146,15 @@ def test_images_without_labels(few_glyphs, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         train_here(tmp_path / "supervised", "--method", "supervised")
     assert end.value.code == 2 and "needs labels" in capsys.readouterr().err
+
+
+def test_an_overflow_is_no_traceback(few_glyphs):
+    """Features that are not finite count as 0: LAPACK would refuse them."""
+    some = data.load("glyphs", "unused", train_images=100)
+
+    class Overflow(torch.nn.Module):
+        def forward(self, x):
+            return torch.where(x[:, :1, None, :4, :4] > 1, x[:, :1, None, :4, :4], torch.inf)
+
+    result = probe.probe(Overflow(), some, epochs=1)
+    assert 0 <= result["top1"] <= 100 and result["effective_rank"] >= 1 and "1" in result["few_labels"]

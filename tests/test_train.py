@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import data
@@ -241,3 +242,34 @@ def test_probe_notices_a_moving_encoder(few_glyphs):
     norm.register_forward_hook(move)
     with pytest.raises(AssertionError, match="running_mean"):
         probe.probe(encoder, some, epochs=1)
+
+
+@pytest.mark.parametrize("flags, size, base_space", (
+    ("", 64, 8), ("--image-size 32", 32, 4), ("--image-size 4", 4, 1), ("--group rotation", 64, 1),
+    ("--group scale", 64, 1), ("--backbone resnet18", 64, 4), ("--backbone resnet18 --image-size 224", 224, 3),
+    ("--base-space 2", 64, 2)))
+def test_windows_for_your_own_images(flags, size, base_space):
+    """Half the feature map's side, unless the views do not differ by shifts."""
+    args = train.parse(["--dataset", "folder", *flags.split()])
+    assert (args.image_size, args.base_space) == (size, base_space)
+
+
+@pytest.mark.parametrize("labels", (True, False))
+def test_your_own_images(labels, tmp_path, capsys):
+    """From a folder to a trained encoder and its features, read back without the images."""
+    for i in range(44):
+        folder = tmp_path / "photos" / (f"train/{'ab'[i % 2]}" if labels else "all")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30 + i, 50), (5 * i, 255 * (i % 2), 0)).save(folder / f"{i}.png")
+    few = "--dataset folder --image-size 16 --train-images 40 --batch-size 8 --widths 4 4 4 --epochs 1 --eval-every 1"
+    train_here(tmp_path / "run", "--data-dir", f"{tmp_path}/photos", *few.split())
+    result = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert (result["train_images"], result["test_images"]) == (40, 4)
+    assert (result["top1"] is not None) == labels and result["effective_rank"] > 1
+    assert ("no top-1" in capsys.readouterr().out) != labels
+    run.call(probe.main, probe.parse([f"{tmp_path}/run", "--device", "cpu", "--features", f"{tmp_path}/f.npz"]))
+    arrays = np.load(tmp_path / "f.npz")
+    assert arrays["train_features"].shape == (40, result["dimensions"]) and ("train_labels" in arrays) == labels
+    encoder, settings = run.load_encoder(tmp_path / "run")
+    assert settings["image_shape"] == [3, 16]
+    assert encoder(torch.zeros(2, 3, 16, 16)).shape == (2, 4, 1, 4, 4)
