@@ -35,7 +35,7 @@ MNIST = dict(backbone="mnist", widths=[32, 63, 95], kernel_size=7, base_space=4,
 RESIDUAL = dict(backbone="residual", widths=[16, 128, 256, 512], kernel_size=7, base_space=4, grid=4, probe_grid=1)
 DATASETS = {
     "glyphs": MNIST | dict(group="rotation", epochs=8, batch_size=256, warmup_epochs=1, temperature=1.0,
-                           trust_coefficient=0.01, widths=[4, 8, 16], kernel_size=5),
+                           trust_coefficient=0.01, widths=[4, 8, 16]),
     "mnist": PAPER | MNIST | dict(epochs=500),
     "cifar10": PAPER | RESIDUAL | dict(epochs=1300),
     "tiny-imagenet": PAPER | RESIDUAL | dict(epochs=1300, base_space=8),
