@@ -88,9 +88,9 @@ def measures(x, labels, queries, answers, classes):
 
 
 def held_out(n):
-    """For measures on n training images alone: how many of the first serve as neighbours, a quarter or 10,000, and how
-    many of the last as queries, a tenth or 2,000."""
-    return min(10_000, -(-n // 4)), min(2000, -(-n // 10))
+    """For measures on n training images alone: how many of the first serve as neighbours, a fifth or 10,000, and how
+    many of the last as queries, a twentieth or 2,000."""
+    return min(10_000, -(-n // 5)), min(2000, -(-n // 20))
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def few_labels(x, labels, x_test, test_labels, classes, seed=0):
     """Top-1 in percent of a linear classifier that is given few labels: 1, 10 and 100 a class, mean over 10 draws.
 
     Ridge regression to the one-hot labels, in closed form; of six penalties each draw takes the one that is best on the
-    last tenth of x (N, D), which is not drawn from. Returns {"1": [mean, standard deviation], ...}, without the numbers
+    last twentieth of x (N, D), which is not drawn from. Returns {"1": [mean, standard deviation], ...}, without the numbers
     that a class has not.
     """
     generator, result, penalties = torch.Generator().manual_seed(seed), {}, [10.0**e for e in range(-1, 5)]

@@ -77,16 +77,16 @@ def test_few_labels():
 
 
 def test_few_labels_chooses_its_penalty_on_images_that_it_does_not_draw(monkeypatch):
-    """The last tenth decides alone: with its labels permuted, other penalties win, and the test images lose."""
+    """The last twentieth decides alone: with its labels permuted, other penalties win, and the test images lose."""
     x, labels = clusters(2500, 5, 8, deviation=2)
     test, test_labels = clusters(2000, 5, 8, deviation=2, seed=1)
     right = probe.few_labels(x, labels, test, test_labels, 5)
     wrong = labels.clone()
-    wrong[-250:] = (labels[-250:] + 1) % 5
+    wrong[-125:] = (labels[-125:] + 1) % 5
     assert probe.few_labels(x, wrong, test, test_labels, 5)["10"][0] < right["10"][0]
     drawn, original = [], torch.linalg.svd
     monkeypatch.setattr(torch.linalg, "svd", lambda a, **options: drawn.append(a) or original(a, **options))
-    x[-250:] += 1000
+    x[-125:] += 1000
     probe.few_labels(x, labels, test, test_labels, 5)
     assert [len(a) for a in drawn] == [5] * 10 + [50] * 10 + [500] * 10
     assert all(a.abs().max() < 100 for a in drawn)
@@ -123,7 +123,7 @@ def test_the_last_look_is_what_the_result_says(few_glyphs, tmp_path):
 
 
 def test_held_out():
-    assert [probe.held_out(n) for n in (2, 200, 10_000, 60_000)] == [(1, 1), (50, 20), (2500, 1000), (10_000, 2000)]
+    assert [probe.held_out(n) for n in (2, 200, 10_000, 60_000)] == [(1, 1), (40, 10), (2000, 500), (10_000, 2000)]
 
 
 def test_images_without_labels(few_glyphs, monkeypatch, tmp_path, capsys):
