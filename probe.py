@@ -109,8 +109,8 @@ def few_labels(x, labels, x_test, test_labels, classes, seed=0):
     """Top-1 in percent of a linear classifier that is given few labels: 1, 10 and 100 a class, mean over 10 draws.
 
     Ridge regression to the one-hot labels, in closed form; of six penalties each draw takes the one that is best on the
-    last twentieth of x (N, D), which is not drawn from. Returns {"1": [mean, standard deviation], ...}, without the numbers
-    that a class has not.
+    last twentieth of x (N, D), which is not drawn from. Returns {"1": [mean, standard deviation], ...}, without what a
+    class has not.
     """
     generator, result, penalties = torch.Generator().manual_seed(seed), {}, [10.0**e for e in range(-1, 5)]
     queries = held_out(len(x))[1]

@@ -37,7 +37,7 @@ CIFAR10 = f"--dataset cifar10 --train-images 5000 {RESIDUAL}"
 TINY = f"--dataset tiny-imagenet --train-images 16000 {RESIDUAL}"
 CPU = {
     ("mnist", "translation"): f"{MNIST} --widths 16 32 64 --kernel-size 5",
-    ("mnist", "rotation"): f"{MNIST} --widths 4 8 16 --kernel-size 7 --temperature 1",
+    ("mnist", "rotation"): f"{MNIST} --widths 4 8 16 --kernel-size 5 --temperature 1",
     ("mnist", "scale"): f"{MNIST} --widths 4 8 16 --kernel-size 7 --temperature 1",
     ("cifar10", "translation"): f"{CIFAR10} --epochs 8 --kernel-size 5 --grid 1",
     ("cifar10", "rotation"): f"{CIFAR10} --epochs 6 --kernel-size 5 --extent 1 --grid 0",
