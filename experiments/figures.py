@@ -192,10 +192,11 @@ def run(args):
         everything = data.batch(images, torch.arange(len(images)))
         embeddings["the head's projections"] = loaded.after.head(group.base(f(everything)))
     embeddings = {title: torch.nn.functional.normalize(e, dim=1) for title, e in embeddings.items()}
-    limit = 1.05 * max((e - e.mean(0)).norm(dim=1).quantile(0.99).item() for e in embeddings.values())
+    embeddings = {title: e - e.mean(0) for title, e in embeddings.items()}
+    limit = 1.05 * max(e.norm(dim=1).quantile(0.99).item() for e in embeddings.values())
     for k, (title, e) in enumerate(embeddings.items()):
         axes = figure.add_subplot(2, 4, 6 + k)
-        flat = (e - e.mean(0)) @ torch.linalg.svd(e - e.mean(0), full_matrices=False).Vh[:2].T       # (1000, 2)
+        flat = e @ torch.linalg.svd(e, full_matrices=False).Vh[:2].T                                 # (1000, 2)
         axes.scatter(*flat.T, c=labels if data.classes else GREY, cmap="tab10" if data.classes <= 10 else "hsv", s=5)
         axes.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
         axes.set_title(title, fontsize=9)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from numpy.polynomial import hermite_e
 
+from filters import orthonormal
 from layers import GroupConv2d, LiftingConv2d, default_filters, hermite_gaussian, hermite_orders, steerable_basis
 from test_equivariance import relative
 
@@ -147,12 +148,6 @@ def sampled(group, group_size, kernel_size, effective_size, sigma):
     functions = uncut(group, group_size, effective_size, sigma, pixels(kernel_size))
     basis = functions.unflatten(2, (kernel_size, kernel_size))
     return basis / basis[:, :1].square().sum((2, 3), keepdim=True).sqrt()
-
-
-def orthonormal(basis):
-    """The same span, from functions that no random weights favour."""
-    U, S, _ = torch.linalg.svd(basis[:, 0].flatten(1), full_matrices=False)
-    return torch.einsum("kj,kghw->jghw", U / S, basis)
 
 
 @pytest.mark.parametrize("kernel_size", (5, 7))
