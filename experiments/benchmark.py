@@ -84,7 +84,7 @@ def convolution(group, group_size, extent, c_in, c_out, side, images, device):
 
 
 def convolutions(args):
-    """group convolution, and escnn's, over conv2d with ready filters of the expanded shape, forward and backward"""
+    """group convolution, and escnn's, over conv2d with ready filters, forward and backward; how long the basis takes"""
     layers = {"MNIST, lifting": (1, 32, 28, 128), "MNIST, second": (32, 63, 14, 128), "MNIST, third": (63, 95, 7, 128),
               "residual, first stage": (128, 128, 32, 8), "residual, second": (256, 256, 16, 16),
               "residual, third": (512, 512, 8, 32)}                            # C, C', side of the maps, images
@@ -95,6 +95,9 @@ def convolutions(args):
             times = compare(convolution(*group, c_in, c_out, side, images, args.device), args.rounds, args.device)
             row(f"{group[0]}, {name} {c_in}-{c_out} at {side}", images, f"{times['conv2d'][0]:.4f}",
                 *(f"{times[side][1]:.2f}" if side in times else "" for side in ("layer", "escnn")))
+    header("(b) steerable_basis, once at the start", "s")
+    for sizes in (("rotation", 8, 7), ("rotation", 8, 15), ("scale", 3, 7)):
+        row(", ".join(map(str, sizes)), f"{seconds(lambda: steerable_basis(*sizes), 'cpu'):.3f}")
 
 
 def optimizers(args):
