@@ -64,11 +64,11 @@ def h_ssl_loss(f, h, I, group, x, g1, g2, *more):
     return I(h(group.view(g1, z)), h(group.view(g2, z)), *[h(group.view(g, z)) for g in more])
 
 
-def allowed_pairs(group, max_distance=None):
-    """List the pairs of elements g1 ≠ g2 (or both views would be one) at most max_distance apart: (P, 2) indices into
-    group.elements. Raises a ValueError if there are none."""
+def allowed_pairs(group, max_distance=None, equal=False):
+    """List the pairs of elements at most max_distance apart, without g1 = g2 unless equal (both views would be one):
+    (P, 2) indices into group.elements. Raises a ValueError if there are none."""
     distance = group.distance(group.elements[:, None], group.elements[None, :])                      # (M, M)
-    allowed = (distance > 0) & (distance <= (math.inf if max_distance is None else max_distance))
+    allowed = (distance >= (0 if equal else 1)) & (distance <= (math.inf if max_distance is None else max_distance))
     if not allowed.any():
         apart = "" if max_distance is None else f" at most {max_distance} apart"
         raise ValueError(f"a positive pair needs two group elements{apart}, and these settings leave "
@@ -234,6 +234,41 @@ class Crops:
 
     def base(self, z):
         return z
+
+
+# ---------------------------------------------------------------------------------- extension: ordinary augmentation
+def augment(x, generator=None):
+    """T_a x for images x (B, C, H, W), a drawn for each: turned by up to 20 degrees, enlarged or shrunk by up to a
+    quarter, sheared, shifted by up to a thirteenth of the side, bent smoothly, and with noise. Background is 0.
+
+    With T_a x in the place of x all equations stay true: views move within it. generator: on x's device.
+    """
+    b, (height, width) = len(x), x.shape[-2:]
+    normal = dict(generator=generator, device=x.device, dtype=x.dtype)
+    angle, size, stretch, shear, *shift = (2 * torch.rand(6, b, **normal) - 1).unbind()
+    angle, row, column = angle * math.pi / 9, (0.22 * size + 0.1 * stretch).exp(), (0.22 * size - 0.1 * stretch).exp()
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    deform = torch.stack([column, 0.2 * shear, torch.zeros_like(row), row], 1).view(-1, 2, 2)
+    matrix = torch.cat([turn @ deform, 0.15 * torch.stack(shift, 1)[:, :, None]], 2)                 # (B, 2, 3)
+    bend = F.interpolate(0.08 * torch.randn(b, 2, 4, 4, **normal), (height, width), mode="bicubic")
+    grid = F.affine_grid(matrix, (b, 1, height, width), align_corners=False) + bend.movedim(1, -1)
+    noise = 0.3 * torch.rand(b, 1, 1, 1, **normal) * torch.randn(x.shape, **normal)
+    return F.grid_sample(x, grid, align_corners=False) + noise
+
+
+def augmented(ssl_loss, passes=1, rank=0):
+    """`a_ssl_loss` or `h_ssl_loss` with T_a x in the place of every x that the encoder sees.
+
+    With more passes the encoder sees each image that often, and I is given the views of all passes at once. What is
+    drawn depends on torch's random state on the CPU and on the process's rank: from the same state, the same is drawn.
+    """
+    def loss(f, h, I, group, x, *g):
+        def seen(x):
+            seed = int(torch.randint(2**62, ())) + rank
+            return f(augment(x, torch.Generator(x.device).manual_seed(seed)))
+        x, *g = (torch.cat([given] * passes) for given in (x, *g))
+        return ssl_loss(seen, h, lambda *h: I(*(part for view in h for part in view.chunk(passes))), group, x, *g)
+    return loss
 
 
 # ------------------------------------------------------------------------------ moving many maps, each in its own way

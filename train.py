@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data as datasets
 import probe
 import run
-from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, drawn_sets, h_ssl_loss, readout
+from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, augmented, drawn_sets, h_ssl_loss, readout
 from lars import LARS
 from losses import Predictor, byol, move_target, multi_view_nt_xent, nt_xent, simsiam
 
@@ -42,7 +42,6 @@ DATASETS = {
     "folder": PAPER | MNIST | dict(epochs=100, batch_size=256, trust_coefficient=0.01, grid=4, widths=[16, 32, 64],
                                    kernel_size=5),
 }
-BACKBONES = "mnist", "residual", "resnet18"
 GROUPS = dict(translation=dict(group_size=1), rotation=dict(group_size=4, base_space=1),
               scale=dict(group_size=3, base_space=1))
 
@@ -50,12 +49,10 @@ GROUPS = dict(translation=dict(group_size=1), rotation=dict(group_size=4, base_s
 def parse(argv=None):
     """Read the command line (argv, or the program's own); returns the settings."""
     p = run.Parser(description=__doc__.split("\n")[0], add_help=False, allow_abbrev=False)
-    p.add_argument("--dataset", choices=DATASETS, default="glyphs",
-                   help="glyphs is drawn, folder your own images in --data-dir; others are downloaded")
-    p.add_argument("--image-size", type=run.number(int, 4), metavar="S",
-                   help="folder: the shorter side is resized to S, and S x S cut from the middle (default: 64)")
+    p.add_argument("--dataset", choices=DATASETS, default="glyphs", help="drawn, downloaded, or your own (folder)")
+    p.add_argument("--image-size", type=run.number(int, 4), metavar="S", help="folder: side of an image (default: 64)")
     p.add_argument("--group", choices=GROUPS, help="what views differ by (default: %(default)s)")
-    p.add_argument("--backbone", choices=BACKBONES, help="SESN's two or torchvision's (default: %(default)s)")
+    p.add_argument("--backbone", choices=("mnist", "residual", "resnet18"), help="(default: %(default)s)")
     known, _ = p.parse_known_args(argv)
     defaults = DATASETS[known.dataset]
     p.set_defaults(group=defaults["group"], backbone=defaults["backbone"])
@@ -89,8 +86,7 @@ def parse(argv=None):
     add("--seed", type=run.number(int, 0), default=0, help="of weights, order of images and views")
     add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
     add("--train-images", type=run.number(int, 2), help="use only the first N training images (default: all)")
-    add("--validate", type=count, metavar="N", help="measure on the last N training images, held out, not on the test "
-        "split: to choose settings")
+    add("--validate", type=count, metavar="N", help="hold out the last N training images in place of the test split")
     add("--out", help="the run's folder (default: runs/DATASET-METHOD-GROUP-SEED)")
     add("--resume", action="store_true", default=False, help="continue the run in --out, if there is one")
     add("--save-every", type=count, default=10, help="epochs between checkpoints")
@@ -113,14 +109,14 @@ def parse(argv=None):
     add("--objective", choices=("nt-xent", "simsiam", "byol"), default="nt-xent", help="what compares the views")
     add("--target-decay", type=run.number(float, 0), default=0.99, help="of BYOL's averages at the start; 1 at the end")
     add("--views", type=run.number(int, 2), default=2, help="views of each image; more than two need nt-xent")
+    add("--augment", type=count, metavar="N", help="augment images as well; h-ssl reads views from N passes of each")
     add("--crop", action="store_true", default=False, help="a-ssl, translation: views are crops, 4 pixels a position")
     add("--base-space", type=count, help="size of G0: positions a side, orientations, or scales")
     add("--max-distance", type=count, help="largest topographic distance of two views (default: no limit)")
     add("--grid", type=cells, help="average each map of a view to N x N cells for the head; 0 keeps all")
     add("--head-widths", type=count, nargs=2, default=[512, 128], metavar="D", help="of the head: hidden, output")
     add("--probe-grid", type=cells, help="the same for the detached classifier")
-    add("--probe-epochs", type=count, default=100, help="of the detached classifier (Adam)")
-    add("--probe-lr", type=positive, default=0.01, help="of the detached classifier (Adam)")
+    add("--probe-iterations", type=count, default=1000, help="at most, of the detached classifier (L-BFGS)")
     args = p.parse_args(argv)
 
     for wrong, message in (
@@ -129,9 +125,11 @@ def parse(argv=None):
             (args.target_decay > 1, f"--target-decay {args.target_decay} must be at most 1"),
             (args.views > 2 and args.objective != "nt-xent", f"--views {args.views} needs --objective nt-xent"),
             (args.views > 2 and args.max_distance, "--max-distance is for two views: leave out one of these flags"),
-            (args.crop and (args.method, args.group) != ("a-ssl", "translation"),
-             "--crop is for --method a-ssl --group translation: h-ssl has the base space in its place"),
-            (args.crop and args.structure == "none", "--crop needs a convolutional encoder: drop --structure none")):
+            (args.augment and args.method not in ("h-ssl", "a-ssl"), "--augment is for --method h-ssl or a-ssl"),
+            ((args.augment or 1) > 1 and (args.method, args.objective) != ("h-ssl", "nt-xent"),
+             f"--augment {args.augment} needs --method h-ssl --objective nt-xent: other pairs take --augment 1"),
+            (args.crop and (args.method, args.group, args.structure) != ("a-ssl", "translation", "group"),
+             "--crop is for --method a-ssl --group translation --structure group: h-ssl has the base space instead")):
         if wrong:
             p.error(message)
     args.device = run.choose_device(args.device)
@@ -165,10 +163,12 @@ def make_objective(args, encoder, group, data, total=1):
                          lambda f, h, x, labels: F.cross_entropy(h(readout(f(x), args.probe_grid)), labels))
 
     ssl_loss = {"h-ssl": h_ssl_loss, "a-ssl": a_ssl_loss}[args.method]
+    if args.augment:
+        ssl_loss = augmented(ssl_loss, args.augment, probe.processes()[0])
     (hidden, out), width = args.head_widths, readout(group.base(z), args.grid).shape[1]
     head = ProjectionHead(width, hidden, out, args.grid, norm=args.objective != "nt-xent")
     if args.objective == "nt-xent":
-        loss = nt_xent if args.views == 2 else multi_view_nt_xent
+        loss = nt_xent if args.views * (args.augment or 1) == 2 else multi_view_nt_xent
         I, others = lambda *h: loss(*h, temperature=args.temperature), {}
     else:
         q = Predictor(out, hidden)
@@ -243,7 +243,8 @@ def prepare(args, rank, local_rank, world, device, together):
         raise ValueError(f"--grid and --probe-grid must be at most {side // encoder.stride}, the feature map's side")
     steps = max(1, len(data.train_images) // args.batch_size)                  # a last, incomplete batch is left out
     objective = make_objective(args, encoder, group, data, args.epochs * steps).to(device)
-    pairs = allowed_pairs(group, args.max_distance) if args.views == 2 else drawn_sets(group, args.views)       # (P, 2)
+    equal = args.method == "a-ssl" and args.augment                            # then T_a alone makes views differ
+    pairs = allowed_pairs(group, args.max_distance, equal) if args.views == 2 else drawn_sets(group, args.views)
 
     checkpoint = [run.find_checkpoint(vars(args)) if rank == 0 else None]
     if world > 1:
@@ -332,10 +333,10 @@ def main(args):
                     save()
                 if received:
                     signals.leave(received, step, chief)
-    if step != log.last_saved:
-        save()
 
     # ---- the detached classifier on the trained encoder; all stay, for torchrun ends what outlasts the others
+    probe.take_statistics(encoder, data, args.amp)
+    save()
     result = probe.write_result(args.out, vars(args), encoder, data, frozen, epochs)
     if chief:
         print(probe.in_words(result))

@@ -236,7 +236,7 @@ def waits(flags, device):
 
     with mock.patch.object(run, "Signals", Signals), mock.patch.object(run, "Log", Log), \
             contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
-        train.main(train.parse([*flags.split(), "--device", device, "--log-every", "1000000", "--probe-epochs", "1",
+        train.main(train.parse([*flags.split(), "--device", device, "--log-every", "1000000", "--probe-iterations", "9",
                                 "--out", f"{folder}/run"]))
     return found
 

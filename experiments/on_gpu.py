@@ -39,9 +39,9 @@ from layers import GroupConv2d, ResidualBlock, steerable_basis
 
 METHODS = ("h-ssl", "a-ssl", "supervised")                                     # that train
 # Of every training in the list, and of the short ones that are compared.
-TOY = "--train-images 200 --batch-size 64 --widths 2 3 4 --probe-epochs 1"
+TOY = "--train-images 200 --batch-size 64 --widths 2 3 4 --probe-iterations 9"
 TINY = f"{TOY} --epochs 1 --train-images 48 --batch-size 16"                    # 3 steps
-SHORT = "--dataset mnist --epochs 3 --batch-size 1024 --warmup-epochs 1 --log-every 1 --probe-epochs 5"
+SHORT = "--dataset mnist --epochs 3 --batch-size 1024 --warmup-epochs 1 --log-every 1 --probe-iterations 50"
 SMALLEST_SHORT = f"--dataset glyphs --epochs 3 --warmup-epochs 1 --log-every 1 {TOY}"
 
 

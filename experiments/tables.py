@@ -31,7 +31,7 @@ GROUPS = ("translation", "rotation", "scale")
 # At budget cpu the total width, channels times group size, is about the same for every group, so that all cost alike.
 MNIST = ("--dataset mnist --device cpu --train-images 10000 --batch-size 512 --epochs 8 --warmup-epochs 1 "
          "--trust-coefficient 0.03")
-RESIDUAL = ("--device cpu --batch-size 256 --warmup-epochs 1 --depth 10 --probe-epochs 40 --widths 8 16 32 64 "
+RESIDUAL = ("--device cpu --batch-size 256 --warmup-epochs 1 --depth 10 --widths 8 16 32 64 "
             "--trust-coefficient 0.01")
 CIFAR10 = f"--dataset cifar10 --train-images 5000 {RESIDUAL}"
 TINY = f"--dataset tiny-imagenet --train-images 16000 {RESIDUAL}"

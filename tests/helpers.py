@@ -13,7 +13,7 @@ import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--device cpu --train-images 200 --batch-size 64 --epochs 2 --widths 2 3 4 --kernel-size 5 "        # 3 steps
-         "--probe-epochs 1 --log-every 1 --save-every 1").split()                                            # an epoch
+         "--probe-iterations 9 --log-every 1 --save-every 1").split()                                        # an epoch
 
 
 def train_here(out, *flags):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("--device cpu --train-images 1000 --batch-size 64 --widths 2 3 4 --probe-epochs 1 "                 # 15 steps
+SMALL = ("--device cpu --train-images 1000 --batch-size 64 --widths 2 3 4 --probe-iterations 9 "              # 15 steps
          "--save-every 1 --log-every 1").split()                                                             # an epoch
 
 

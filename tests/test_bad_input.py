@@ -49,8 +49,10 @@ FLAGS = {
     "--max-distance 0": "at least 1", "--grid 8": "at most 7", "--probe-grid 9": "at most 7",
     "--views 1": "at least 2", "--views 5": "fewer views", "--views 3 --objective byol": "needs --objective nt-xent",
     "--views 3 --max-distance 1": "for two views", "--target-decay 1.5": "at most 1",
+    "--augment 1 --method supervised": "for --method h-ssl or a-ssl", "--augment 0": "at least 1",
+    "--augment 2 --method a-ssl": "take --augment 1", "--augment 2 --objective byol": "take --augment 1",
     "--crop": "a-ssl --group translation", "--group translation --crop": "a-ssl --group translation",
-    "--group translation --method a-ssl --crop --structure none": "--structure none",
+    "--group translation --method a-ssl --crop --structure none": "--structure group",
     "--structure none --group translation --backbone residual --widths 2 2 2 2": "too large",
 }
 

@@ -24,7 +24,7 @@ from hssl import Crops, Rotation, Translation
 from kill_and_resume import start
 from layers import MNISTBackbone, Untied, steerable_basis
 
-SMALL = "--train-images 100 --batch-size 50 --epochs 1 --warmup-epochs 0 --probe-epochs 1 --widths 2 2 2"
+SMALL = "--train-images 100 --batch-size 50 --epochs 1 --warmup-epochs 0 --probe-iterations 9 --widths 2 2 2"
 
 
 def settings(flags):

@@ -156,5 +156,5 @@ def test_an_overflow_is_no_traceback(few_glyphs):
         def forward(self, x):
             return torch.where(x[:, :1, None, :4, :4] > 1, x[:, :1, None, :4, :4], torch.inf)
 
-    result = probe.probe(Overflow(), some, epochs=1)
+    result = probe.probe(Overflow(), some, iterations=9)
     assert 0 <= result["top1"] <= 100 and result["effective_rank"] >= 1 and "1" in result["few_labels"]

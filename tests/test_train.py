@@ -241,7 +241,7 @@ def test_probe_notices_a_moving_encoder(few_glyphs):
         module.running_mean.add_(1)
     norm.register_forward_hook(move)
     with pytest.raises(AssertionError, match="running_mean"):
-        probe.probe(encoder, some, epochs=1)
+        probe.probe(encoder, some, iterations=9)
 
 
 @pytest.mark.parametrize("flags, size, base_space", (

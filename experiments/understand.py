@@ -1,0 +1,115 @@
+"""What the encoder has learned and what its head has: all measures at each readout, before and after training.
+
+    python experiments/understand.py TABLE [--rows ROW ...]
+
+looks at the runs of `tables.py TABLE` at budget cpu. Readouts of an image's features, one representation each:
+
+    2x2             2x2 means of all maps, which the detached classifier reads
+    mean            their mean over positions
+    hidden          the head's hidden layer on the base space
+    hidden, G       the same on every view that may be drawn, averaged: invariant where Eq. (1) holds
+    projection, G   the projections of these views, scaled to length 1, averaged
+
+Prints, for each run, mean over seeds, before → after training: linear top-1, neighbours, 10 labels a class (all in
+percent), effective rank. Then alignment and uniformity of the projections (Wang and Isola, 2020): the mean squared
+distance of two views of an image, and the logarithm of the mean of exp(-2 squared distance) over pairs of images.
+Writes experiments/results/understand-TABLE.json.
+"""
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from runs import load_run                                                      # first: it finds the project's modules
+from hssl import readout
+from probe import assess
+from report import RESULTS
+
+KEPT = ("top1", "train_top1", "neighbours", "effective_rank", "few_labels")
+
+
+@torch.no_grad()
+def representations(objective, group, images):
+    """All readouts of images (N, C, H, W), {name: (N, D)}; and projections of all views (M, N, D), of length 1."""
+    parts, projections = defaultdict(list), []
+    hidden, out = objective.head[:-1], objective.head[-1]                      # linear, (batch norm,) ReLU; linear
+    for x in images.split(500):
+        z = objective.encoder(x)                                                                     # (b, C, G, H, W)
+        views = [group.view(g.expand(len(x), *g.shape), z) for g in group.elements]
+        h = torch.stack([hidden(readout(view, objective.head.grid)) for view in views])              # (M, b, hidden)
+        p = F.normalize(out(h), dim=2)
+        projections.append(p)
+        base = hidden(readout(group.base(z), objective.head.grid))
+        for name, part in (("2x2", readout(z, 2)), ("mean", readout(z, 1)), ("hidden", base),
+                           ("hidden, G", h.mean(0)), ("projection, G", p.mean(0))):
+            parts[name].append(part)
+    return {name: torch.cat(part) for name, part in parts.items()}, torch.cat(projections, 1)
+
+
+def alignment_and_uniformity(projections):
+    """Of projections (M, N, D) of length 1, M views of each of N images, over pairs of different views or images."""
+    (m, n), views = projections.shape[:2], projections.transpose(0, 1).double()                      # (N, M, D)
+    alignment = torch.cdist(views, views).square().sum() / (n * m * (m - 1))   # a view's distance to itself is 0
+    distances = torch.pdist(projections[0].double()).square()
+    return alignment.item(), (-2 * distances).exp().mean().log().item()
+
+
+def look(folder, data_dir):
+    """{when: {readout: measures}} of one run, with alignment and uniformity under the readout "projections"."""
+    settings, data, group, *objectives = load_run(folder, data_dir)
+    train, test = (data.batch(images, torch.arange(len(images))) for images in (data.train_images, data.test_images))
+    result = {}
+    for when, objective in zip(("before", "after"), objectives):
+        x, (x_test, projections) = representations(objective, group, train)[0], representations(objective, group, test)
+        found = {name: assess(x[name], data.train_labels, x_test[name], data.test_labels, data.classes,
+                              seed=settings["seed"]) for name in x}
+        result[when] = {name: {key: measured[key] for key in KEPT} for name, measured in found.items()}
+        alignment, uniformity = alignment_and_uniformity(projections[:, :2000])
+        result[when]["projections"] = dict(alignment=alignment, uniformity=uniformity)
+    return result
+
+
+def show(found):
+    """Print {row: [result of `look`, ...]} as Markdown."""
+    def cell(runs, name, read):
+        before, after = (statistics.mean(read(run[when][name]) for run in runs) for when in ("before", "after"))
+        return f"{before:.2f} → {after:.2f}"
+    columns = (lambda r: r["top1"]), (lambda r: r["neighbours"]), (lambda r: r["few_labels"]["10"][0]), \
+        (lambda r: r["effective_rank"])
+    print("| run | readout | linear top-1 | neighbours | 10 labels a class | effective rank |\n" + "| --- " * 6 + "|")
+    for row, runs in found.items():
+        for name in list(runs[0]["before"])[:-1]:
+            print(f"| {row} | {name} | " + " | ".join(cell(runs, name, read) for read in columns) + " |")
+    print("\n| run | alignment | uniformity |\n| --- | --- | --- |")
+    for row, runs in found.items():
+        print(f"| {row} | " + " | ".join(cell(runs, "projections", lambda r, key=key: r[key])
+                                        for key in ("alignment", "uniformity")) + " |")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("table", help="a table of tables.py whose runs are there")
+    p.add_argument("--rows", nargs="+", help="only these (default: all that have a projection head)")
+    p.add_argument("--seeds", type=int, nargs="+", help="only these (default: all)")
+    p.add_argument("--data-dir", help="folder of the data sets (default: the runs' own)")
+    p.add_argument("--runs", default="runs/experiments", help="folder of the runs' folders (default: %(default)s)")
+    p.add_argument("--results", default=str(RESULTS), help="folder of the JSON file (default: experiments/results)")
+    args = p.parse_args()
+    found = defaultdict(list)
+    for folder in sorted(Path(args.runs).glob(f"{args.table}-cpu-*")):
+        record = json.loads((folder / "run.json").read_text())
+        row = folder.name.removeprefix(f"{args.table}-cpu-").rsplit("-", 1)[0]
+        wanted = row in args.rows if args.rows else record["method"] in ("h-ssl", "a-ssl")
+        if wanted and (not args.seeds or record["seed"] in args.seeds):
+            found[row].append(look(folder, args.data_dir) | dict(seed=record["seed"], commit=record["commit"]))
+    Path(args.results).mkdir(parents=True, exist_ok=True)
+    (Path(args.results) / f"understand-{args.table}.json").write_text(json.dumps(found, indent=1) + "\n")
+    show(found)
+
+
+if __name__ == "__main__":
+    main()
