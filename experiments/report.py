@@ -4,19 +4,39 @@
 
 Each cell is the mean ± standard deviation, over whole trainings, of the detached classifier's top-1 in percent. A row's
 command is `python train.py`, the flags above its table, its own flags, and `--seed` with each seed.
+
+Other measures, where a file holds them, are a second table. The last one compares: mean differences over the n seeds
+that both sides have, with 95 % intervals by Student's t (of other seeds, not other images, and each alone, however many
+there are). The verdict is on linear top-1: "higher" or "lower" if the interval excludes 0, "equivalent" if two
+one-sided tests at 5 % exclude a difference of MARGIN or more.
 """
 import argparse
 import json
+import math
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = ("frozen", "a-ssl", "h-ssl", "supervised")
+MEASURES = {"linear top-1": "top1", "neighbours": "neighbours", "10 labels a class": "few_labels",
+            "effective rank": "effective_rank"}                                # title -> key of probe.json
+MARGIN = 0.5                    # points of top-1, fixed before the runs: encoders that differ by less are equivalent
 
 
 def cell(values):
+    if not values:
+        return "–"
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def signed(x):
+    return f"{x:+.2f}".replace("-", "−")
+
+
+def heading(*titles):
+    return [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
 
 
 def code(flags):
@@ -38,7 +58,7 @@ def split_flags(rows):
 def by_row(runs):
     """A line per row: the frozen and the trained encoder."""
     shared, own = split_flags({r["row"]: r["flags"] for r in runs})
-    lines = [code(shared), "", "| run | own flags | frozen | trained | trainings |", "| --- " * 5 + "|"]
+    lines = [code(shared), "", *heading("run", "own flags", "frozen", "trained", "trainings")]
     for row, flags in own.items():
         of_row = [r for r in runs if r["row"] == row]
         frozen, trained = (cell([r[key] for r in of_row]) for key in ("frozen_top1", "top1"))
@@ -56,26 +76,103 @@ def by_method(runs):
         if method == "h-ssl":                                                  # where no row of its own is frozen
             frozen.setdefault(group, []).append(r["frozen_top1"])
     shared, own = split_flags(flags)
-    lines = [f"`{shared} --method METHOD`", "",
-             "| group | own flags | frozen | A-SSL | H-SSL | supervised | H-SSL − A-SSL | trainings |",
-             "| --- " * 8 + "|"]
+    titles = "group", "own flags", "frozen", "A-SSL", "H-SSL", "supervised", "H-SSL − A-SSL", "trainings"
+    lines = [f"`{shared} --method METHOD`", "", *heading(*titles)]
     for group in flags:
         found = [top1.get((group, method), frozen[group] if method == "frozen" else None) for method in METHODS]
         cells = " | ".join(cell(values) if values else "not run" for values in found)
         gain = statistics.mean(top1[group, "h-ssl"]) - statistics.mean(top1[group, "a-ssl"])
-        sign = f"{gain:+.2f}".replace("-", "−")
-        lines.append(f"| {group} | {code(own[group])} | {cells} | {sign} | {len(top1[group, 'h-ssl'])} |")
+        lines.append(f"| {group} | {code(own[group])} | {cells} | {signed(gain)} | {len(top1[group, 'h-ssl'])} |")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------------- comparisons
+def quantile(p, df):
+    """The t that Student's T, with df degrees of freedom, stays below with probability p > 0.5: with t = √df tan θ,
+    P(|T| < t) is the integral of cos^(df − 1) from 0 to θ, divided by that to π/2."""
+    def integral(power, angle):
+        if power < 2:
+            return math.sin(angle) if power else angle
+        return (math.cos(angle) ** (power - 1) * math.sin(angle) + (power - 1) * integral(power - 2, angle)) / power
+
+    low, high = 0, math.pi / 2
+    for _ in range(60):                                                        # halved to float64's precision
+        middle = (low + high) / 2
+        below = integral(df - 1, middle) < (2 * p - 1) * integral(df - 1, math.pi / 2)
+        low, high = (middle, high) if below else (low, middle)
+    return math.sqrt(df) * math.tan(low)
+
+
+def paired(a, b):
+    """The differences a − b, both {seed: value}, at the seeds that both have: their number n, their mean, and the
+    half-width of its 95 % interval, None for less than two."""
+    differences = [a[seed] - b[seed] for seed in a if seed in b]
+    n = len(differences)
+    half_width = quantile(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
+    return n, statistics.mean(differences) if n else None, half_width
+
+
+def verdict(mean, half_width, n, margin=MARGIN):
+    """What n differences say, from their mean and the half-width of its 95 % interval."""
+    if half_width is None:
+        return "open"
+    narrower = half_width * quantile(0.95, n - 1) / quantile(0.975, n - 1)     # two one-sided tests at 5 %: 90 %
+    side = "" if abs(mean) <= half_width else "higher" if mean > 0 else "lower"
+    within = f"equivalent within ±{margin:g}" if abs(mean) + narrower < margin else ""
+    return ", but ".join(filter(None, (side, within))) or "open"
+
+
+def difference(n, mean, half_width, usual):
+    """A cell, which names n where it is not the usual one of its line."""
+    interval = f" [{signed(mean - half_width)}, {signed(mean + half_width)}]" if n > 1 else ""
+    return (signed(mean) + interval + f", n {n}" * (n != usual)) if n else "–"
+
+
+def measured(runs):
+    """What runs hold of the measures: {(row, side, title): {seed: value}}, side 0 for their frozen encoder and 1 for
+    their trained one; without frozen rows, which would be compared with themselves."""
+    found = defaultdict(dict)
+    for r in (r for r in runs if "seed" in r and "--method frozen" not in r["flags"]):
+        for side, result in enumerate((dict(top1=r["frozen_top1"]) | r.get("frozen", {}), r)):
+            flat = result | dict(few_labels=result.get("few_labels", {}).get("10", [None])[0])     # a mean over draws
+            for title, key in MEASURES.items():
+                if flat.get(key) is not None:
+                    found[r["row"], side, title][r["seed"]] = flat[key]
+    return found
+
+
+def by_measure(found):
+    """A line per row of `measured`, its encoders by the measures besides top-1, and a line per comparison: trained
+    beside frozen, H-SSL beside A-SSL. Old files hold top-1 alone, and have no lines of the first kind."""
+    if not found:
+        return []
+    rows, _, held = (dict.fromkeys(part) for part in zip(*found))              # each once, in order
+    top1, *others = titles = [title for title in MEASURES if title in held]
+    lines = ["", *heading("frozen → trained", *others)] if others else []
+    for row in rows if others else ():
+        cells = (" → ".join(cell(found[row, side, title].values()) for side in (0, 1)) for title in others)
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+
+    pairs = {f"{row} − frozen": ((row, 1), (row, 0)) for row in rows}
+    pairs |= {f"{row} − {other}": ((row, 1), (other, 1)) for row in rows
+              if (other := row.replace("h-ssl", "a-ssl")) != row and other in rows}
+    lines += ["", *heading("comparison", "n", f"{top1} [95 % interval]", *others, "verdict")]
+    for name, (a, b) in pairs.items():
+        results = [paired(found[(*a, title)], found[(*b, title)]) for title in titles]
+        n, mean, half_width = results[0]
+        cells = " | ".join(difference(*result, usual=n) for result in results)
+        lines.append(f"| {name} | {n} | {cells} | {verdict(mean, half_width, n)} |")
     return lines
 
 
 def show(record):
-    """Print the content of one JSON file as a table."""
+    """Print the content of one JSON file as tables."""
     runs, name = record["runs"], record["name"]
     machine, torch, commit = (" or ".join(sorted({str(r[key]) for r in runs}))
                               for key in ("machine", "torch", "commit"))
     print(f"\n**{name}**, {record['budget']}: {machine}, torch {torch}, commit {commit}")
     table1 = name.removesuffix("-untied") in ("mnist", "cifar10", "tiny-imagenet")
-    print("\n".join(by_method(runs) if table1 else by_row(runs)))
+    print("\n".join((by_method(runs) if table1 else by_row(runs)) + by_measure(measured(runs))))
 
 
 def main():

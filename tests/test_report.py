@@ -1,0 +1,127 @@
+"""experiments/report.py: intervals and verdicts are right, and files with and without the measures become tables."""
+import json
+
+import pytest
+
+import report
+
+
+@pytest.mark.parametrize("p, df, expected", (
+    (0.975, 1, 12.706), (0.975, 2, 4.303), (0.975, 3, 3.182), (0.975, 9, 2.262), (0.975, 29, 2.045),
+    (0.95, 1, 6.314), (0.95, 2, 2.920), (0.95, 9, 1.833), (0.95, 29, 1.699), (0.975, 500, 1.965)))
+def test_quantiles_of_student_s_t(p, df, expected):
+    assert report.quantile(p, df) == pytest.approx(expected, abs=5e-4)
+
+
+def test_paired_takes_the_seeds_that_both_have():
+    """Differences 1, 2 and 3: mean 2, deviation 1, so ±4.3027 / √3."""
+    a, b = {0: 11, 7: 99, 2: 33, 1: 22}, {1: 20, 2: 30, 0: 10, 3: -99}
+    n, mean, half_width = report.paired(a, b)
+    assert (n, mean) == (3, 2) and half_width == pytest.approx(2.4841, abs=1e-4)
+    assert report.paired(b, a) == (3, -2, half_width)
+    assert report.paired({0: 5, 1: 9}, {0: 3, 2: 9}) == (1, 2, None)
+    assert report.paired({0: 5}, {1: 5}) == (0, None, None)
+
+
+@pytest.mark.parametrize("mean, half_width, n, expected", (
+    (0.6, 0.5, 3, "higher"), (-0.6, 0.5, 3, "lower"), (0.5, 0.5, 3, "open"), (0.3, 0.4, 3, "open"),
+    (0.1, 0.3, 3, "equivalent within ±0.5"), (-0.1, 0.3, 3, "equivalent within ±0.5"),
+    (0.2, 0.1, 3, "higher, but equivalent within ±0.5"), (-0.2, 0.1, 3, "lower, but equivalent within ±0.5"),
+    # ±0.5 is for the 90 % interval: 0.5 · 2.2622 / 1.8331 = 0.617 at n = 10, and 0.5 · 4.3027 / 2.9200 = 0.737 at 3
+    (0.0, 0.61, 10, "equivalent within ±0.5"), (0.0, 0.625, 10, "open"),
+    (0.0, 0.73, 3, "equivalent within ±0.5"), (0.0, 0.745, 3, "open"),
+    (0.0, 0.0, 3, "equivalent within ±0.5"), (3.0, None, 1, "open"), (0.0, None, 1, "open"), (None, None, 0, "open")))
+def test_verdicts(mean, half_width, n, expected):
+    assert report.verdict(mean, half_width, n, margin=0.5) == expected
+
+
+def test_the_margin_is_the_verdict_s():
+    assert report.MARGIN == 0.5 and report.verdict(0.4, 0.0, 3) == "higher, but equivalent within ±0.5"
+    assert report.verdict(0.4, 0.0, 3, margin=0.25) == "higher"
+
+
+def run(row, seed, frozen_top1, top1, method="h-ssl", **held):
+    return dict(row=row, flags=f"--dataset mnist --method {method}", seed=seed, frozen_top1=frozen_top1, top1=top1,
+                machine="m", torch="t", commit="c", **held)
+
+
+def held(neighbours, few, rank):
+    return dict(neighbours=neighbours, few_labels={"1": [0, 9], "10": [few, 9], "100": [0, 9]}, effective_rank=rank,
+                spread=0.5)
+
+
+def lines(record, capsys):
+    report.show(json.loads(json.dumps(record)))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_table_1_with_measures(capsys):
+    """Both methods start from the same encoder of a seed; A-SSL has one seed more, and frozen rows are compared with
+    nothing."""
+    runs = []
+    for seed in range(4):
+        frozen = held(80 + seed, 40 + seed, 20 + seed)
+        for method, rises in (("frozen", (0, 0, 0, 0)), ("a-ssl", (3, 3, 3, 9)), ("h-ssl", (1, 2, 3))):
+            for rise in rises[seed:seed + 1]:
+                trained = held(80 + seed + rise / 2, 40 + seed - rise, 20 + seed - 2 * rise)
+                runs.append(run(f"rotation {method}", seed, 50 + seed, 50 + seed + rise, method, **trained,
+                                frozen=dict(top1=50 + seed, **frozen)))
+    printed = lines(dict(name="mnist", budget="cpu", runs=runs), capsys)
+    start = printed.index("| frozen → trained | neighbours | 10 labels a class | effective rank |")
+    assert printed[start:] == [
+        "| frozen → trained | neighbours | 10 labels a class | effective rank |",
+        "| --- | --- | --- | --- |",
+        "| rotation a-ssl | 81.50 ± 1.29 → 83.75 ± 2.63 | 41.50 ± 1.29 → 37.00 ± 2.16 | 21.50 ± 1.29 → 12.50 ± 5.07 |",
+        "| rotation h-ssl | 81.00 ± 1.00 → 82.00 ± 1.50 | 41.00 ± 1.00 → 39.00 ± 0.00 | 21.00 ± 1.00 → 17.00 ± 1.00 |",
+        "",
+        "| comparison | n | linear top-1 [95 % interval] | neighbours | 10 labels a class | effective rank | verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| rotation a-ssl − frozen | 4 | +4.50 [−0.27, +9.27] | +2.25 [−0.14, +4.64] | −4.50 [−9.27, +0.27] | "
+        "−9.00 [−18.55, +0.55] | open |",
+        "| rotation h-ssl − frozen | 3 | +2.00 [−0.48, +4.48] | +1.00 [−0.24, +2.24] | −2.00 [−4.48, +0.48] | "
+        "−4.00 [−8.97, +0.97] | open |",
+        "| rotation h-ssl − rotation a-ssl | 3 | −1.00 [−3.48, +1.48] | −0.50 [−1.74, +0.74] | +1.00 [−1.48, +3.48] | "
+        "+2.00 [−2.97, +6.97] | open |"]
+    assert printed[start - 2].startswith("| rotation | ") and printed[start - 1] == ""
+
+
+def test_an_old_file_has_comparisons_of_top_1_alone(capsys):
+    runs = [run(row, seed, 50, top1) for row, rises in (("h-ssl", (51.0, 51.1, 51.2)), ("other", (50.2,)))
+            for seed, top1 in enumerate(rises)]
+    printed = lines(dict(name="glyphs", budget="cpu", runs=runs), capsys)
+    assert printed[-7:] == [
+        "| h-ssl |  | 50.00 ± 0.00 | 51.10 ± 0.10 | 3 |",
+        "| other |  | 50.00 | 50.20 | 1 |",
+        "",
+        "| comparison | n | linear top-1 [95 % interval] | verdict |",
+        "| --- | --- | --- | --- |",
+        "| h-ssl − frozen | 3 | +1.10 [+0.85, +1.35] | higher |",
+        "| other − frozen | 1 | +0.20 | open |"]
+
+
+def test_a_file_whose_runs_hold_the_measures_in_part(capsys):
+    """A column is there if one run holds it; what is missing is a dash, and a cell with fewer seeds says so."""
+    full = dict(neighbours=81.0, frozen=dict(neighbours=80.0))
+    runs = [run("a-ssl", 0, 50, 51), run("h-ssl", 0, 50, 51, **full), run("h-ssl", 1, 50, 51)]
+    printed = lines(dict(name="glyphs", budget="cpu", runs=runs), capsys)
+    start = printed.index("| frozen → trained | neighbours |")
+    assert printed[start + 2:] == [
+        "| a-ssl | – → – |",
+        "| h-ssl | 80.00 → 81.00 |",
+        "",
+        "| comparison | n | linear top-1 [95 % interval] | neighbours | verdict |",
+        "| --- | --- | --- | --- | --- |",
+        "| a-ssl − frozen | 1 | +1.00 | – | open |",
+        "| h-ssl − frozen | 2 | +1.00 [+1.00, +1.00] | +1.00, n 1 | higher |",
+        "| h-ssl − a-ssl | 1 | +0.00 | – | open |"]
+
+
+@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*-*.json")), ids=lambda path: path.stem)
+def test_committed_results_are_printed(path, capsys):
+    """Every row but frozen ones is compared with its frozen encoder, and all lines of a table have as many cells."""
+    record = json.loads(path.read_text())
+    printed = lines(record, capsys)
+    for row in {r["row"] for r in record["runs"] if "--method frozen" not in r["flags"]}:
+        assert sum(line.startswith(f"| {row} − frozen | ") for line in printed) == 1
+    for table in "\n".join(printed).split("\n\n"):
+        assert len({line.count(" | ") for line in table.splitlines() if line.startswith("|")}) <= 1
