@@ -36,7 +36,8 @@ KEPT = ("top1", "train_top1", "neighbours", "effective_rank", "few_labels")
 def representations(objective, group, images):
     """All readouts of images (N, C, H, W), {name: (N, D)}; and projections of all views (M, N, D), of length 1."""
     parts, projections = defaultdict(list), []
-    hidden, out = objective.head[:-1], objective.head[-1]                      # linear, (batch norm,) ReLU; linear
+    *layers, out = objective.head                                              # linear, (batch norm,) ReLU; linear
+    hidden = torch.nn.Sequential(*layers)
     for x in images.split(500):
         z = objective.encoder(x)                                                                     # (b, C, G, H, W)
         views = [group.view(g.expand(len(x), *g.shape), z) for g in group.elements]
