@@ -97,19 +97,6 @@ def held_out(n):
     return min(10_000, -(-n // 5)), min(2000, -(-n // 20))
 
 
-@torch.no_grad()
-def watch(s, encoder, data):
-    """The `measures` of an encoder in training, with a run's settings s, on training images only; see `held_out`. The
-    encoder stays as it is: a copy takes batch norm's statistics from the neighbours."""
-    few, queries = held_out(len(data.train_images))
-    bank, labels = data.train_images[:few], data.train_labels[:few]
-    encoder = copy.deepcopy(encoder)
-    take_statistics(encoder, dataclasses.replace(data, train_images=bank), s["amp"])
-    x, asked = (extract(encoder.eval(), data, images, s["probe_grid"], s["amp"])
-                for images in (bank, data.train_images[-queries:]))
-    return measures(x, labels, asked, data.train_labels[-queries:], data.classes)
-
-
 def few_labels(x, labels, x_test, test_labels, classes, seed=0):
     """Top-1 in percent of a linear classifier that is given few labels: 1, 10 and 100 a class, mean over 10 draws.
 
@@ -137,6 +124,12 @@ def few_labels(x, labels, x_test, test_labels, classes, seed=0):
 
 
 # ------------------------------------------------------------------------------------------------------- the classifier
+def standardise(x, *others):
+    """x (N, D) with mean 0 and deviation 1 in every dimension, and others (M, D) moved and scaled alike."""
+    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
+    return [(a - mean) / std for a in (x, *others)]
+
+
 def softmax_regression(x, labels, classes, penalty, start=None, iterations=1000, tolerance=1e-4):
     """The linear classifier that minimises its mean cross-entropy on x (N, D) plus penalty/2 · ‖W‖², by L-BFGS.
 
@@ -189,8 +182,7 @@ def assess(x, labels, x_test, test_labels, classes, iterations=1000, seed=0):
     result |= measures(x, labels, x_test, test_labels, classes)
     if not classes:
         return result
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
-    x, x_test = (x - mean) / std, (x_test - mean) / std
+    x, x_test = standardise(x, x_test)
     result["few_labels"] = few_labels(x, labels, x_test, test_labels, classes, seed)
 
     weights, least = None, math.inf
@@ -233,6 +225,26 @@ def take_statistics(encoder, data, amp="off"):
     for name, value in encoder.state_dict().items():
         if world > 1 and "running" in name:
             dist.all_reduce(value.div_(world))
+
+
+def watch(s, encoder, data):
+    """The `measures` of an encoder in training, with a run's settings s, on training images only; see `held_out`. Also
+    linear, the top-1 of a classifier with a fixed penalty, trained on the neighbours alone, if there are labels.
+
+    The encoder stays as it is: a copy takes batch norm's statistics from the neighbours.
+    """
+    few, queries = held_out(len(data.train_images))
+    bank, asked = data.train_images[:few], data.train_images[-queries:]
+    labels, answers = data.train_labels[:few], data.train_labels[-queries:]
+    encoder = copy.deepcopy(encoder)
+    take_statistics(encoder, dataclasses.replace(data, train_images=bank), s["amp"])
+    x, asked = (extract(encoder.eval(), data, images, s["probe_grid"], s["amp"]) for images in (bank, asked))
+    result = measures(x, labels, asked, answers, data.classes)
+    if not data.classes:
+        return result
+    x, asked = standardise(x, asked)
+    weights, _ = softmax_regression(x, labels, data.classes, penalty=1e-3)
+    return dict(linear=round(score(weights, asked, answers)[0], 2)) | result
 
 
 def probe_frozen(s, encoder, data):

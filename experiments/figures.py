@@ -151,13 +151,13 @@ def run(args):
     loaded = load_run(args.run, args.data_dir)
     s, data, group, f = loaded.settings, loaded.data, loaded.group, loaded.after.encoder
     log = [json.loads(line) for line in (Path(args.run) / "log.jsonl").read_text().splitlines()]
-    figure = plt.figure(figsize=(12.5, 6.6))
+    figure = plt.figure(figsize=(14, 6.6))
     figure.suptitle(f"{args.run}: {s['method']}, {s['group']}, {s['dataset']}", fontsize=11)
 
-    titles = dict(loss="loss", neighbours="20 nearest neighbours, %", effective_rank="effective rank",
-                  spread="spread (0: collapsed)")
+    titles = dict(loss="loss", linear="linear classifier, %", neighbours="20 nearest neighbours, %",
+                  effective_rank="effective rank", spread="spread (0: collapsed)")
     for k, (name, title) in enumerate(titles.items()):
-        axes = figure.add_subplot(2, 4, k + 1, title=title, xlabel="step")
+        axes = figure.add_subplot(2, 5, k + 1, title=title, xlabel="step")
         lines = [line for line in log if name in line]
         if not lines:
             why = "--eval-every was not given" if name == "spread" or data.classes else "no labels"

@@ -28,49 +28,57 @@ BUDGETS = ("paper", "gpu", "cpu")
 GROUPS = ("translation", "rotation", "scale")
 
 # ------------------------------------------------------------------------------------------- Table 1 and its variations
+TRIAL = ("--device cpu --dataset mnist --train-images 10000 --batch-size 512 --epochs 8 --warmup-epochs 1 "
+         "--trust-coefficient 0.03")
 # At budget cpu the total width, channels times group size, is about the same for every group, so that all cost alike.
-MNIST = ("--dataset mnist --device cpu --train-images 10000 --batch-size 512 --epochs 8 --warmup-epochs 1 "
+MNIST = ("--dataset mnist --device cpu --train-images 5000 --batch-size 256 --epochs 8 --warmup-epochs 1 "
          "--trust-coefficient 0.03")
 RESIDUAL = ("--device cpu --batch-size 256 --warmup-epochs 1 --depth 10 --widths 8 16 32 64 "
             "--trust-coefficient 0.01")
 CIFAR10 = f"--dataset cifar10 --train-images 5000 {RESIDUAL}"
 TINY = f"--dataset tiny-imagenet --train-images 16000 {RESIDUAL}"
 CPU = {
-    ("mnist", "translation"): f"{MNIST} --widths 16 32 64 --kernel-size 5",
-    ("mnist", "rotation"): f"{MNIST} --widths 4 8 16 --kernel-size 5 --temperature 1",
+    ("mnist", "translation"): f"{MNIST} --widths 16 32 64 --kernel-size 3 --base-space 5 --grid 2 --temperature 0.5",
+    ("mnist", "rotation"): f"{MNIST} --widths 4 8 16 --kernel-size 7 --temperature 1",
     ("mnist", "scale"): f"{MNIST} --widths 4 8 16 --kernel-size 7 --temperature 1",
     ("cifar10", "translation"): f"{CIFAR10} --epochs 8 --kernel-size 5 --grid 1",
     ("cifar10", "rotation"): f"{CIFAR10} --epochs 6 --kernel-size 5 --extent 1 --grid 0",
     ("cifar10", "scale"): f"{CIFAR10} --epochs 6 --kernel-size 7 --grid 1",
     ("tiny-imagenet", "translation"): f"{TINY} --epochs 3 --kernel-size 5 --grid 1",
 }
+BEFORE = {                     # of the tables that were not run again since
+    "translation": f"{TRIAL} --widths 16 32 64 --kernel-size 5",
+    "rotation": f"{TRIAL} --widths 4 8 16 --kernel-size 5 --temperature 1",
+    "scale": f"{TRIAL} --widths 4 8 16 --kernel-size 7 --temperature 1",
+}
 GPU = {"mnist": "--epochs 50 --warmup-epochs 5 --batch-size 1024", "cifar10": "--epochs 100 --batch-size 512",
        "tiny-imagenet": "--epochs 100 --batch-size 256"}
 
 
-def setting(dataset, group, budget):
+def setting(dataset, group, budget, before=False):
     """The flags that all runs on a data set and group share; None if there are none at this budget."""
     if budget == "cpu":
-        return f"{CPU[dataset, group]} --group {group}" if (dataset, group) in CPU else None
+        cpu = {**CPU, **{("mnist", group): flags for group, flags in BEFORE.items()}} if before else CPU
+        return f"{cpu[dataset, group]} --group {group}" if (dataset, group) in cpu else None
     return f"--dataset {dataset} --group {group}" + (f" {GPU[dataset]}" if budget == "gpu" else "")
 
 
-def table1(dataset, budget):
-    settings = {group: setting(dataset, group, budget) for group in GROUPS}
+def table1(dataset, budget, before=False):
+    settings = {group: setting(dataset, group, budget, before) for group in GROUPS}
     return {f"{group} {method}": f"{flags} --method {method}"
             for group, flags in settings.items() if flags for method in METHODS}
 
 
 def untied(dataset, budget):
     """For translation only MNIST's network: without convolutions the residual one is too large."""
-    return {row: f"{flags} --structure none" for row, flags in table1(dataset, budget).items()
+    return {row: f"{flags} --structure none" for row, flags in table1(dataset, budget, before=True).items()
             if row.split()[1] in ("a-ssl", "h-ssl") and (dataset == "mnist" or "translation" not in row)}
 
 
 def sweep(flag, held, budget):
     """Values 1 to 5 of one flag, the other held. A-SSL's crop is 4 pixels, our stride, per position of H-SSL's window,
     and its displacement 4 pixels per position of distance."""
-    base = setting("mnist", "translation", budget)
+    base = setting("mnist", "translation", budget, before=True)
     if budget == "cpu":        # classified from the mean over positions, which tells these runs apart better than 2x2
         base += " --train-images 5000 --batch-size 256 --probe-grid 1"
     first, last = (f"{flag} {{}}", held) if flag == "--base-space" else (held, f"{flag} {{}}")
@@ -79,27 +87,40 @@ def sweep(flag, held, budget):
 
 
 def objectives(budget):
-    base = setting("mnist", "translation", budget)
+    base = setting("mnist", "translation", budget, before=True)
     return {f"{objective} {method}": f"{base} --objective {objective} --method {method}"
             for objective in ("simsiam", "byol") for method in ("a-ssl", "h-ssl")}
 
 
 def views(budget):
     """To be compared with H-SSL's rows of table mnist, which have two views."""
-    return {f"{group}, {count} views": f"{setting('mnist', group, budget)} --method h-ssl --views {count}"
+    return {f"{group}, {count} views": f"{setting('mnist', group, budget, True)} --method h-ssl --views {count}"
             for group, count in (("translation", 4), ("rotation", 4), ("scale", 3))}
 
 
 # -------------------------------------------------------------------------------------------------------------- trials
-TRIAL = ("--device cpu --dataset mnist --train-images 10000 --batch-size 512 --epochs 8 --warmup-epochs 1 "
-         "--trust-coefficient 0.03")
 WIDER = {"translation": "--widths 16 32 64 --kernel-size 5", "rotation": "--widths 8 16 32 --kernel-size 5",
          "scale": "--widths 8 16 32 --kernel-size 7"}
 LONG = "--device cpu --dataset mnist --train-images 10000 --kernel-size 5 --batch-size 256 --warmup-epochs 2"
 SMALL = ("--device cpu --dataset mnist --group rotation --train-images 5000 --widths 4 8 16 --kernel-size 5 "
          "--warmup-epochs 1 --trust-coefficient 0.03")
 
+# Why training helps or harms: from the setting of Table 1, one change at a time. The last of two equal flags counts.
+HELPS = f"{CPU['mnist', 'translation']} --group translation --method"
+ALL_FOUR = "--kernel-size 5 --base-space 4 --grid 0 --temperature 0.1"
+
 TRIALS = {
+    "why": {
+        "h-ssl": f"{HELPS} h-ssl", "a-ssl": f"{HELPS} a-ssl",
+        **{f"h-ssl, {name}": f"{HELPS} h-ssl {changed}" for name, changed in {
+            "24 epochs": "--epochs 24", "kernel 5": "--kernel-size 5", "kernel 7": "--kernel-size 7",
+            "window 4": "--base-space 4", "window 6": "--base-space 6", "all positions": "--grid 0",
+            "temperature 0.1": "--temperature 0.1", "temperature 1": "--temperature 1",
+            "kernel 5, window 4, all positions, temperature 0.1": ALL_FOUR,
+            "all four, 24 epochs": f"{ALL_FOUR} --epochs 24",
+            "augmented": "--augment 1", "augmented, two passes": "--augment 2"}.items()},
+        "a-ssl, augmented, whole map": f"{HELPS} a-ssl --augment 1 --base-space 7",
+    },
     # Table 1 at the paper's temperature; rotation and scale with twice their channels there.
     "groups": {f"{group} {method}": f"{TRIAL} --group {group} --method {method} {widths}"
                for group, widths in WIDER.items() for method in ("h-ssl", "a-ssl")},
