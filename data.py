@@ -1,7 +1,6 @@
 """Data sets as uint8 tensors on the training device, and the order and the views of every epoch.
 
-A whole data set stays in memory; a batch is indexed, converted and normalised there at once. There are no worker
-processes and no Python per image.
+A whole data set stays in memory, where a batch is indexed, converted and normalised at once: no worker processes.
 
 Letters: N images of a split, B batch, C channels, H W space, P pairs (or larger sets) of views to choose from.
 """
@@ -23,16 +22,16 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 LAYOUTS = "train/CLASS/... with val/CLASS/... or test/CLASS/..., or images without classes"
 SHAPES = {"glyphs": (1, 28), "mnist": (1, 28), "cifar10": (3, 32), "tiny-imagenet": (3, 64)}         # C, H = W
+TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")       # and MD5
+GLYPHS = "AFGKRTY248"     # no two of them alike when turned (as 6 and 9, M and W, or N and Z are)
+NUISANCES = "rotation", "scale", "translation"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two splits of labelled images, and how to normalise them.
-
-    Images are (N, C, H, W) uint8, labels (N,) int64, all -1 where there are 0 classes; mean and std are on the scale of
-    0 to 1. Where the mean is 0, black is 0 after normalisation too, and meets zero padding, and what enters a
-    transformed image, without an edge.
-    """
+    """Two splits of images (N, C, H, W) uint8 with labels (N,) int64, all -1 where there are 0 classes, and mean and
+    std, on the scale of 0 to 1, to normalise them by. Where the mean is 0, black is 0 after normalisation too, and
+    meets zero padding, and what enters a transformed image, without an edge."""
     train_images: torch.Tensor
     train_labels: torch.Tensor
     test_images: torch.Tensor
@@ -46,18 +45,21 @@ class Dataset:
         return images.index_select(0, index).float().sub_(255 * self.mean).div_(255 * self.std)
 
 
-def load(name, folder, device="cpu", train_images=None, image_size=None, validate=None):
+def load(name, folder, device="cpu", train_images=None, image_size=None, validate=None, nuisance=None, seed=0):
     """Load "glyphs" (drawn on the spot), "mnist", "cifar10" or "tiny-imagenet" (downloaded into folder when absent), or
     "folder": the images in folder, image_size pixels (64) wide and high.
 
-    validate training images, the last, are held out in place of the test split; of the rest, or of all, the first
-    train_images are kept. Raises a ValueError, in one line, for an unknown name, files that cannot be downloaded or
-    read, too few images, or an image_size for another data set.
-    """
+    validate training images, the last, are held out in place of the test split. Of the rest, or of all, train_images
+    are drawn by seed, and keep their order. A nuisance, see `disturbed`, is drawn for each image of both splits: by
+    seed for the training split, but alike for every seed for the test split (or what is held out), so that all runs are
+    measured on the same images. Raises a ValueError, in one line, for an unknown name or nuisance, files that cannot be
+    downloaded or read, too few images, or an image_size for another data set."""
     loaders = {"glyphs": lambda folder: glyphs(), "mnist": mnist, "cifar10": cifar10, "tiny-imagenet": tiny_imagenet,
                "folder": lambda folder: image_folder(folder, 64 if image_size is None else image_size)}
     if name not in loaders:
         raise ValueError(f"there is no data set {name!r}, only {', '.join(loaders)}")
+    if nuisance not in (None, *NUISANCES):
+        raise ValueError(f"there is no nuisance {nuisance!r}, only {', '.join(NUISANCES)}")
     if image_size is not None and name != "folder":
         raise ValueError(f"{name}'s images are {SHAPES[name][1]} pixels wide: an image size is for \"folder\" only")
     data = loaders[name](folder)
@@ -65,9 +67,13 @@ def load(name, folder, device="cpu", train_images=None, image_size=None, validat
     keep = total - held if train_images is None else train_images
     if held < 0 or not 1 <= keep <= total - held:
         raise ValueError(f"{name} has {total} training images, so {keep} cannot be taken and {held} held out")
-    train, test = (data.train_images[:keep], data.train_labels[:keep]), (data.test_images, data.test_labels)
-    test = (data.train_images[total - held:], data.train_labels[total - held:]) if held else test
-    return Dataset(*(t.to(device) for t in (*train, *test)), data.classes, data.mean, data.std)
+    whole, drawn = (data.train_images, data.train_labels), np.random.default_rng(seed).permutation(total - held)[:keep]
+    kept = slice(keep) if train_images is None else np.sort(drawn)
+    train = [tensor[kept] for tensor in whole]
+    test = [tensor[total - held:] for tensor in whole] if held else [data.test_images, data.test_labels]
+    if nuisance:
+        train[0], test[0] = disturbed(train[0], nuisance, seed + 1), disturbed(test[0], nuisance, 0)
+    return Dataset(*(tensor.to(device) for tensor in train + test), data.classes, data.mean, data.std)
 
 
 # ---------------------------------------------------------------------------------------------- MNIST and CIFAR-10
@@ -108,32 +114,24 @@ def _in_one_line(error):
 
 
 # -------------------------------------------------------------------------------------------------- Tiny ImageNet
-TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")       # and MD5
-
-
 def tiny_imagenet(folder):
     """Tiny ImageNet: 100,000 training and 10,000 (validation) test images, 3x64x64, 200 classes. Errors: `load`'s."""
     tree, cache = Path(folder) / "tiny-imagenet-200", Path(folder) / "tiny-imagenet-200-decoded"
     return _decoded_once(cache, lambda part: _decode_tiny_imagenet(tree, part))
 
 
-def _download_tiny_imagenet(folder, tree):
-    """Unpack beside the tree and rename, so that an interrupted download never looks like a finished one."""
-    from torchvision.datasets.utils import download_and_extract_archive
-    (address, md5), part = TINY_IMAGENET, folder / "tiny-imagenet-200-part"
-    try:
-        download_and_extract_archive(address, folder, part, md5=md5)
-        os.replace(part / tree.name, tree)
-        part.rmdir()
-    except Exception as error:                                                 # no network, no room, a broken archive
-        raise ValueError(f"cannot download Tiny ImageNet ({_in_one_line(error)}): put tiny-imagenet-200.zip from "
-                         f"{address} into {folder}, or its unpacked folder {tree.name}") from None
-
-
 def _decode_tiny_imagenet(tree, part):
     """Decode all images, the first of every class before the second, so that any first part has all classes."""
-    if not tree.exists():
-        _download_tiny_imagenet(tree.parent, tree)
+    (address, md5), unpacked = TINY_IMAGENET, tree.with_name(f"{tree.name}-part")
+    try:
+        if not tree.exists():                                                  # made by a rename, so never half of it
+            from torchvision.datasets.utils import download_and_extract_archive
+            download_and_extract_archive(address, tree.parent, unpacked, md5=md5)
+            os.replace(unpacked / tree.name, tree)
+            unpacked.rmdir()
+    except Exception as error:                                                 # no network, no room, a broken archive
+        raise ValueError(f"cannot download Tiny ImageNet ({_in_one_line(error)}): put tiny-imagenet-200.zip from "
+                         f"{address} into {tree.parent}, or its unpacked folder {tree.name}") from None
     try:
         classes = {name: k for k, name in enumerate((tree / "wnids.txt").read_text().split())}
         rows = [line.split("\t") for line in (tree / "val" / "val_annotations.txt").read_text().splitlines()]
@@ -252,8 +250,7 @@ def image_folder(folder, side=64):
     """Your own images in one of LAYOUTS, resized and cropped to C x side x side; C is 1 if all are grey, else 3.
 
     They are decoded once into FOLDER-decoded-SIDE. Their order is random, but the same for the same files. Without val/
-    and test/ the last tenth of the training images is held out as the test split. Errors as for `load`.
-    """
+    and test/ the last tenth of the training images is held out as the test split. Errors as for `load`."""
     folder = Path(os.path.abspath(folder))
     cache, (paths, listing) = folder.with_name(f"{folder.name}-decoded-{side}"), _list_files(folder)
     return _decoded_once(cache, lambda part: _decode_folder(folder, paths, listing, side, part), listing)
@@ -297,54 +294,57 @@ def _decode_folder(folder, paths, listing, side, part):
                 labels=[classes.index(name) if classes else -1 for _, _, name in rows])
 
 
-# --------------------------------------------------------------------------------------------------------- glyphs
-GLYPHS = "AFGKRTY248"     # no two of them alike when turned (as 6 and 9, M and W, or N and Z are)
+# --------------------------------------------------------------------------------------------- nuisances and glyphs
+def disturbed(images, nuisance, seed):
+    """Draw a nuisance for each of images (N, C, H, W) uint8, H = W, uniformly: "rotation" by any angle; "scale", 0.3 to
+    1 times the size; or "translation", any whole pixels on a canvas of S = 4·round(10/28 H) pixels a side (28 -> 40).
+    On black, about the centre, bilinear (shrunk: means of 2x2 samples). Returns (N, C, H, W) or (N, C, S, S) uint8."""
+    (n, _, side, _), scale = images.shape, nuisance == "scale"
+    random = torch.rand(2, n, generator=torch.Generator().manual_seed(seed))
+    angle, size = 2 * np.pi * random[0] * (nuisance == "rotation"), 1 - 0.7 * random[0] * scale
+    room = (4 * round(side * 10 / 28) - side) * (nuisance == "translation")
+    shift = (random * (room + 1)).floor().T * 2 / (side + room)               # from the top left corner; 0 without room
+    return torch.cat([_moved(F.pad(images[i].float(), (0, room, 0, room)), angle[i], size[i], shift[i], 1 + scale)
+                      .round().byte() for i in torch.arange(n).split(500)])    # not all at once, to bound the memory
+
+
+def _moved(images, angle, size, shift, fine=1):
+    """Images (B, C, H, W) float32 turned counter-clockwise by angle (B,), size (B,) times as large and then shifted by
+    shift (B, 2), right and down in half image sides. A pixel is the mean of fine x fine bilinear samples."""
+    affine = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2) / size[:, None, None]
+    affine = torch.cat([affine, affine @ -shift[:, :, None]], 2)                                     # (B, 2, 3)
+    grid = F.affine_grid(affine, (*images.shape[:2], *(fine * side for side in images.shape[2:])), align_corners=False)
+    return F.avg_pool2d(F.grid_sample(images, grid, align_corners=False), fine)
 
 
 def glyphs(train=10_000, test=2_000, seed=0):
     """Draw the built-in data set: characters in any orientation, 1x28x28, 10 classes, the same for the same seed.
 
     Each image shows one of GLYPHS in Pillow's own font, at random turned (0 to 360 degrees), sized (0.65 to 1 times 24
-    pixel type), shifted (up to 2 pixels each way), of one of four stroke weights, with Gaussian noise (σ = 0.1).
-    """
+    pixel type), shifted (up to 2 pixels each way), of one of four stroke weights, with Gaussian noise (σ = 0.1)."""
     count, side, over = train + test, 28, 4                                    # drawn 4 times as large
+    font, strokes, pictures = ImageFont.load_default(size=24 * over), [0, 2, 4, 6], []     # extra pen width, enlarged
+    for character in GLYPHS:
+        for stroke in strokes:
+            pictures.append(Image.new("L", (side * over, side * over)))
+            ImageDraw.Draw(pictures[-1]).text((side * over / 2, side * over / 2), character, fill=255, font=font,
+                                              anchor="mm", stroke_width=stroke)
+    shapes = F.avg_pool2d(torch.from_numpy(np.stack(pictures))[:, None].float() / 255, over)         # (10·4, 1, 28, 28)
     generator = torch.Generator().manual_seed(seed)
-
-    def uniform(low, high):
-        return torch.rand(count, generator=generator) * (high - low) + low
-    font = ImageFont.load_default(size=24 * over)
-    strokes = [0, 2, 4, 6]                                                     # extra pen width in the large drawing
-    shapes = torch.stack([_draw(character, font, stroke, side * over) for character in GLYPHS for stroke in strokes])
-    shapes = F.avg_pool2d(shapes[:, None], over)                               # (10·4, 1, 28, 28)
-
-    labels = torch.randint(len(GLYPHS), (count,), generator=generator)
-    weight = torch.randint(len(strokes), (count,), generator=generator)
-    angle, size = uniform(0, 2 * np.pi), uniform(0.65, 1.0)
-    shift = torch.stack([uniform(-2, 2), uniform(-2, 2)], 1) * 2 / side        # in half image sides
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    affine = turn / size[:, None, None]
-    affine = torch.cat([affine, affine @ -shift[:, :, None]], 2)                                     # (count, 2, 3)
-    images = F.grid_sample(shapes[labels * len(strokes) + weight],
-                           F.affine_grid(affine, (count, 1, side, side), align_corners=False), align_corners=False)
+    labels, weight = (torch.randint(len(kinds), (count,), generator=generator) for kinds in (GLYPHS, strokes))
+    random = torch.rand(4, count, generator=generator)
+    angle, size, shift = 2 * np.pi * random[0], 0.65 + 0.35 * random[1], (4 * random[2:] - 2).T      # shift in pixels
+    images = _moved(shapes[labels * len(strokes) + weight], angle, size, shift * 2 / side)
     images = images + 0.1 * torch.randn(images.shape, generator=generator)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     return Dataset(images[:train], labels[:train], images[train:], labels[train:], len(GLYPHS), mean=0.0, std=0.3)
 
 
-def _draw(character, font, stroke, side):
-    """One white character in the middle of a black square: (side, side) float32 from 0 to 1."""
-    picture = Image.new("L", (side, side))
-    ImageDraw.Draw(picture).text((side / 2, side / 2), character, fill=255, font=font, anchor="mm", stroke_width=stroke)
-    return torch.from_numpy(np.array(picture)).float() / 255
-
-
 # ----------------------------------------------------------------------------------------------- one epoch's plan
 def epoch_plan(images, choices, seed, epoch, device="cpu"):
     """Draw an epoch's order, a permutation of the images (N,), and for each image, by its index in the data set, its
-    choice (N,), below P, among the pairs (or larger sets) of views; both int64, on the device.
-
-    They depend on (seed, epoch) alone: all processes draw the same, so their number changes nothing.
-    """
+    choice (N,), below P, among the pairs (or larger sets) of views; both int64, on the device. They depend on (seed,
+    epoch) alone: all processes draw the same, so their number changes nothing."""
     rng = np.random.default_rng([seed, epoch])
     drawn = rng.permutation(images), rng.integers(choices, size=images)
     return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in drawn)             # without a wait

@@ -36,6 +36,12 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def data_of(s, device, data_dir=None):
+    """The arguments of `data.load` for a run with settings s; data_dir in place of its own."""
+    return (s["dataset"], data_dir or s["data_dir"], device, s["train_images"], s["image_size"], s["validate"],
+            s["nuisance"], s["seed"])
+
+
 @torch.no_grad()
 def extract(encoder, data, images, grid, amp="off", batch_size=1000):
     """Represent images (N, C, H, W) uint8 by all maps of an encoder, averaged to grid x grid: (N, D) float32.
@@ -316,8 +322,7 @@ def main(args):
         checkpoint = run.load_checkpoint(path)
         with run.fitting(path):
             s = checkpoint["settings"]
-            chosen = (s["dataset"], args.data_dir or s["data_dir"], device,
-                      s["train_images"], s["image_size"], s["validate"])
+            chosen = data_of(s, device, args.data_dir)
         data = datasets.load(*chosen)
     except ValueError as error:
         run.stop(error)

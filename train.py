@@ -85,8 +85,9 @@ def parse(argv=None):
     add("--temperature", type=positive, help="τ of NT-Xent")
     add("--seed", type=run.number(int, 0), default=0, help="of weights, order of images and views")
     add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
-    add("--train-images", type=run.number(int, 2), help="use only the first N training images (default: all)")
+    add("--train-images", type=run.number(int, 2), help="use only N training images, drawn by --seed (default: all)")
     add("--validate", type=count, metavar="N", help="hold out the last N training images in place of the test split")
+    add("--nuisance", choices=datasets.NUISANCES, help="each image turned, shrunk, or anywhere on a larger canvas")
     add("--out", help="the run's folder (default: runs/DATASET-METHOD-GROUP-SEED)")
     add("--resume", action="store_true", default=False, help="continue the run in --out, if there is one")
     add("--save-every", type=count, default=10, help="epochs between checkpoints")
@@ -230,7 +231,7 @@ def prepare(args, rank, local_rank, world, device, together):
     turn = 0 if rank == 0 else 1 if local_rank == 0 else 2                     # who may download, here or elsewhere
     for now in range(3):
         if now == turn:
-            data = datasets.load(args.dataset, args.data_dir, device, args.train_images, args.image_size, args.validate)
+            data = datasets.load(*probe.data_of(vars(args), device))
         if world > 1:
             dist.barrier(together)
     if args.batch_size > len(data.train_images) and args.method != "frozen":

@@ -109,7 +109,7 @@ def load_run(folder, data_dir=None):
         checkpoint = run.load_checkpoint(path)
         with run.fitting(path):
             s = SimpleNamespace(**checkpoint["settings"])
-            chosen = s.dataset, data_dir or s.data_dir, "cpu", s.train_images, s.image_size, s.validate
+            chosen = probe.data_of(vars(s), "cpu", data_dir)
         data = datasets.load(*chosen)
         with run.fitting(path):
             torch.manual_seed(s.seed)                                          # the weights that train.py began with

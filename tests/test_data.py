@@ -8,6 +8,9 @@ import torch
 from PIL import Image
 
 import data
+import probe
+import run
+from helpers import train_here
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,141 @@ def test_train_images_limits_the_training_split_only(glyphs, monkeypatch):
 def test_unknown_name():
     with pytest.raises(ValueError, match="no data set 'cifar'"):
         data.load("cifar", "unused")
+    with pytest.raises(ValueError, match="no nuisance 'mirror', only rotation, scale, translation$"):
+        data.load("glyphs", "unused", nuisance="mirror")
+
+
+def numbered(monkeypatch, count=300):
+    """--dataset glyphs has images that tell their number, in 28 columns of one row; labels are the same."""
+    images = torch.zeros(count, 1, 28, 28, dtype=torch.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = torch.arange(count) // 256, torch.arange(count) % 256
+    some = data.Dataset(images, torch.arange(count), images[:50], torch.arange(50), 10, 0.0, 1.0)
+    monkeypatch.setattr(data, "glyphs", lambda: some)
+
+
+def test_the_seed_draws_the_subset(monkeypatch):
+    """From what --validate leaves, without repetition, each image with its label, in their order."""
+    numbered(monkeypatch)
+
+    def numbers(**options):
+        d = data.load("glyphs", "unused", **options)
+        assert torch.equal(d.train_images[:, 0, 0, 0].long() * 256 + d.train_images[:, 0, 0, 1], d.train_labels)
+        assert d.test_labels.tolist() == [*(range(100, 300) if "validate" in options else range(50))]
+        return d.train_labels.tolist()
+
+    drawn = [numbers(train_images=60, validate=200, seed=seed) for seed in (0, 1, 2)]
+    for one in drawn:
+        assert len(one) == 60 and one == sorted(set(one)) and max(one) < 100
+    assert drawn[0] != drawn[1] != drawn[2] and drawn[0] == numbers(train_images=60, validate=200)
+    assert len(set(drawn[0]) & set(drawn[1])) < 60 and max(numbers(train_images=60)) > 200
+    assert numbers(seed=7) == numbers(train_images=300, seed=7) == [*range(300)]
+    assert numbers(validate=200, seed=7) == [*range(100)]
+
+
+# ----------------------------------------------------------------------------------------------------------- nuisances
+def blob(count=400, side=28, channels=1):
+    """Gaussian blobs (count, channels, side, side) uint8, 6 pixels right of the middle of 28."""
+    at = (torch.arange(side) + 0.5) * 28 / side - 14
+    image = 250 * torch.exp(-((at[None] - 6) ** 2 + at[:, None] ** 2) / 8)
+    return image.round().byte().expand(count, channels, side, side)
+
+
+def centroids(images):
+    """How far right and up of the middle the mass of images (N, C, H, W) is, in pixels: (N,) each."""
+    mass = images.double().sum(1)
+    at = torch.arange(images.shape[-1]) - (images.shape[-1] - 1) / 2
+    total = mass.sum((1, 2))
+    return (mass.sum(1) * at).sum(1) / total, -(mass.sum(2) * at).sum(1) / total
+
+
+def test_a_rotation_turns_by_any_angle():
+    """The mass moves on a circle about the centre, which it covers evenly, and stays."""
+    turned = data.disturbed(blob(2000), "rotation", seed=3)
+    right, up = centroids(turned)
+    assert turned.shape == (2000, 1, 28, 28) and turned.dtype == torch.uint8
+    assert ((right**2 + up**2).sqrt() - 6).abs().max() < 0.1
+    counts = torch.histc(torch.atan2(up, right), 8, -torch.pi, torch.pi)
+    assert counts.min() > 190 and counts.max() < 310
+    mass = turned.double().sum((1, 2, 3))
+    assert (mass / blob(1).double().sum() - 1).abs().max() < 0.02
+
+
+def test_a_quarter_turn_is_exact():
+    """The angle's sense, and that the centre is the image's: nothing is interpolated."""
+    images = torch.randint(256, (3, 2, 28, 28)).float()
+    quarters = torch.tensor([0, 1, 3]) * torch.pi / 2
+    found = data._moved(images, quarters, torch.ones(3), torch.zeros(3, 2)).round()
+    assert all(torch.equal(a, image.rot90(k, (1, 2))) for a, image, k in zip(found, images, (0, 1, 3)))
+
+
+def test_a_scale_shrinks_about_the_centre():
+    """The centroid's distance shrinks by the factor, uniform in 0.3 to 1, and the mass by its square."""
+    small = data.disturbed(blob(2000), "scale", seed=3)
+    right, up = centroids(small)
+    factor = right / 6
+    assert small.shape == (2000, 1, 28, 28) and small.dtype == torch.uint8 and up.abs().max() < 0.05
+    assert 0.29 < factor.min() < 0.32 and 0.98 < factor.max() < 1.01
+    counts = torch.histc(factor, 7, 0.3, 1.0)
+    assert counts.min() > 220 and counts.max() < 350
+    mass = small.double().sum((1, 2, 3)) / blob(1).double().sum()
+    assert (mass / factor**2 - 1).abs().max() < 0.1
+
+
+def test_shrinking_loses_no_pixel():
+    """A single bright pixel is seen at every size, where one bilinear sample a pixel would step over it."""
+    images = torch.zeros(2000, 1, 28, 28, dtype=torch.uint8)
+    images[:, 0, 8, 20] = 255
+    mass = data.disturbed(images, "scale", seed=0).sum((1, 2, 3))
+    assert mass.min() > 10 and mass.max() < 260
+
+
+@pytest.mark.parametrize("side, canvas", ((28, 40), (32, 44), (64, 92)))
+def test_a_translation_keeps_every_pixel(side, canvas):
+    images = torch.randint(1, 256, (300, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    moved, corners = data.disturbed(images, "translation", seed=3), set()
+    assert moved.shape == (300, 3, canvas, canvas) and moved.dtype == torch.uint8
+    assert torch.equal(moved.long().sum((1, 2, 3)), images.long().sum((1, 2, 3)))
+    for image, source in zip(moved, images):
+        top, left = (image[0].any(1 - axis).nonzero()[0].item() for axis in (0, 1))
+        assert torch.equal(image[:, top:top + side, left:left + side], source)
+        corners.add((top, left))
+    room = canvas - side
+    assert {top for top, _ in corners} == {left for _, left in corners} == {*range(room + 1)} and len(corners) > room
+
+
+@pytest.mark.parametrize("nuisance", data.NUISANCES)
+def test_who_draws_a_nuisance(nuisance, few_glyphs):
+    """The training images' by the run's seed; the test images', and those held out, are the same for every seed."""
+    def load(**options):
+        return data.load("glyphs", "unused", nuisance=nuisance, **options)
+    plain, one, again, other = data.load("glyphs", "unused"), load(seed=1), load(seed=1), load(seed=2)
+    assert torch.equal(one.train_images, again.train_images) and not torch.equal(one.train_images, other.train_images)
+    assert torch.equal(one.test_images, other.test_images) and torch.equal(one.train_labels, plain.train_labels)
+    assert one.test_images.shape[2:] == one.train_images.shape[2:] and one.train_images.dtype == torch.uint8
+    assert one.test_images.shape != plain.test_images.shape or not torch.equal(one.test_images, plain.test_images)
+    assert torch.equal(load(seed=1, validate=20).test_images, load(seed=2, validate=20).test_images)
+    subset, kept = load(seed=1, train_images=30), data.load("glyphs", "unused", seed=1, train_images=30)
+    assert torch.equal(subset.train_images, data.disturbed(kept.train_images, nuisance, seed=2))
+    assert torch.equal(subset.test_images, one.test_images)
+
+
+def test_a_nuisance_is_drawn_for_all_images_at_once():
+    """Images beyond the first chunk have draws of their own."""
+    moved = data.disturbed(blob(1100), "translation", seed=0)
+    assert not torch.equal(moved[:500], moved[500:1000]) and len(moved) == 1100
+
+
+@pytest.mark.parametrize("nuisance, group, side", (("translation", "translation", 40), ("scale", "rotation", 28)))
+def test_training_with_a_nuisance(nuisance, group, side, few_glyphs, tmp_path):
+    """The encoder's map and what it is measured on are the nuisance's; probe.py finds the same images again."""
+    flags = ["--nuisance", nuisance, "--group", group, "--train-images", "150", "--seed", "3", "--epochs", "1"]
+    settings = train_here(tmp_path / "run", *flags)["settings"]
+    assert settings["nuisance"] == nuisance and settings["image_shape"] == [1, side]
+    encoder, _ = run.load_encoder(tmp_path / "run")
+    assert encoder(torch.zeros(2, 1, side, side)).shape[-1] == side // 4
+    found = (tmp_path / "run" / "probe.json").read_text()
+    run.call(probe.main, probe.parse([str(tmp_path / "run"), "--device", "cpu"]))
+    assert (tmp_path / "run" / "probe.json").read_text() == found
 
 
 def write_idx(path, shape, seed):

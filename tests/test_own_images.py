@@ -470,7 +470,9 @@ def test_two_processes_decode_once(tmp_path, undisturbed):
 def test_validate(tmp_path, monkeypatch):
     own = tree(tmp_path / "own", *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(20)), "val/a/x.png", "val/b/y.png")
     whole, some = load(own), load(own, validate=5, train_images=10)
-    assert torch.equal(some.train_images, whole.train_images[:10])
+    drawn, left = reds(some.train_images), list(zip(reds(whole.train_images), whole.train_labels.tolist()))[:15]
+    assert len(drawn) == 10 and drawn != [red for red, _ in left][:10]
+    assert list(zip(drawn, some.train_labels.tolist())) == [pair for pair in left if pair[0] in drawn]
     assert torch.equal(some.test_images, whole.train_images[15:])
     assert torch.equal(some.test_labels, whole.train_labels[15:]) and len(load(own, validate=5).train_images) == 15
     for options in (dict(validate=20), dict(validate=-1), dict(validate=5, train_images=16)):
