@@ -222,15 +222,17 @@ def probe(encoder, data, grid=2, iterations=1000, amp="off", seed=0):
 
 def take_statistics(encoder, data, amp="off"):
     """Let batch norm see the training images once: exact statistics, alike for trained and frozen encoders. Several
-    processes see equally many chunks each, and then have the same statistics."""
-    rank, world = processes()
+    processes share them, and then have the same statistics."""
     index = torch.arange(len(data.train_images), device=data.train_images.device)
-    chunks = index.tensor_split(world * math.ceil(len(index) / (1000 * world)))                # no chunk of one image
+    chunks = index.tensor_split(math.ceil(len(index) / 1000))                  # no chunk of one image
+    rank, world = processes()
+    synced = any(isinstance(module, torch.nn.SyncBatchNorm) for module in encoder.modules())
+    own = [chunk.tensor_split(world)[rank] for chunk in chunks] if synced else chunks[rank::world]
     with run.precision(index.device, amp):
-        update_bn((data.batch(data.train_images, i) for i in chunks[rank::world]), encoder)    # a mean over chunks
+        update_bn((data.batch(data.train_images, i) for i in own), encoder)    # a mean over chunks
     for name, value in encoder.state_dict().items():
-        if world > 1 and "running" in name:
-            dist.all_reduce(value.div_(world))
+        if world > 1 and "running" in name and not synced:
+            dist.all_reduce(value.mul_(len(own) / len(chunks)))
 
 
 def watch(s, encoder, data):

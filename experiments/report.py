@@ -141,9 +141,10 @@ def measured(runs):
     return found
 
 
-def by_measure(found):
+def by_measure(found, reference=None):
     """A line per row of `measured`, its encoders by the measures besides top-1, and a line per comparison: trained
-    beside frozen, H-SSL beside A-SSL. Old files hold top-1 alone, and have no lines of the first kind."""
+    beside frozen, H-SSL beside A-SSL, and each row beside the reference, if one is named. Old files hold top-1 alone,
+    and have no lines of the first kind."""
     if not found:
         return []
     rows, _, held = (dict.fromkeys(part) for part in zip(*found))              # each once, in order
@@ -156,6 +157,7 @@ def by_measure(found):
     pairs = {f"{row} − frozen": ((row, 1), (row, 0)) for row in rows}
     pairs |= {f"{row} − {other}": ((row, 1), (other, 1)) for row in rows
               if (other := row.replace("h-ssl", "a-ssl")) != row and other in rows}
+    pairs |= {f"{row} − {reference}": ((row, 1), (reference, 1)) for row in rows if reference not in (None, row)}
     lines += ["", *heading("comparison", "n", f"{top1} [95 % interval]", *others, "verdict")]
     for name, (a, b) in pairs.items():
         results = [paired(found[(*a, title)], found[(*b, title)]) for title in titles]
@@ -172,7 +174,8 @@ def show(record):
                               for key in ("machine", "torch", "commit"))
     print(f"\n**{name}**, {record['budget']}: {machine}, torch {torch}, commit {commit}")
     table1 = name.removesuffix("-untied") in ("mnist", "cifar10", "tiny-imagenet")
-    print("\n".join((by_method(runs) if table1 else by_row(runs)) + by_measure(measured(runs))))
+    lines = (by_method if table1 else by_row)(runs)
+    print("\n".join(lines + by_measure(measured(runs), "h-ssl" if name == "why" else None)))
 
 
 def main():

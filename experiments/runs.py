@@ -74,19 +74,26 @@ def train_row(flags, seed, out, args):
 
 
 def train_table(args):
-    """Train all rows for all seeds, and write the JSON file; returns its content. args are those of tables.py."""
+    """Train all rows for all seeds, and write the JSON file, with what other seeds below 100 left behind; returns its
+    content. args are those of tables.py."""
     rows = {row: f"{flags} {args.extra}".strip() for row, flags in args.rows.items()}
     for name in {train.parse(shlex.split(flags)).dataset for flags in rows.values()}:
         datasets.load(name, args.data_dir)                                     # download once, not in every run
 
+    def folder(row, seed):
+        plain = "".join(c if c.isalnum() else "-" for c in row)
+        return Path(args.runs) / f"{args.name}-{args.budget}-{plain}-{seed}"
+
     def train_one(job):
         seed, (row, flags) = job
-        plain = "".join(c if c.isalnum() else "-" for c in row)
-        out = Path(args.runs) / f"{args.name}-{args.budget}-{plain}-{seed}"
-        return dict(row=row) | train_row(flags, seed, out, args)
+        return dict(row=row) | train_row(flags, seed, folder(row, seed), args)
 
+    chosen = [(row, flags) for row, flags in rows.items() if not args.only or set(args.only) & set(row.split())]
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = list(pool.map(train_one, itertools.product(args.seeds, rows.items())))
+        list(pool.map(train_one, itertools.product(args.seeds, chosen)))
+    finished = [(seed, (row, flags)) for seed in range(100) for row, flags in rows.items()
+                if (folder(row, seed) / "run.json").exists()]
+    runs = [train_one(job) for job in finished]                                # which only reads them
     record = dict(name=args.name, budget=args.budget, runs=runs)
     Path(args.results).mkdir(parents=True, exist_ok=True)
     (Path(args.results) / f"{args.name}-{args.budget}.json").write_text(json.dumps(record, indent=1) + "\n")

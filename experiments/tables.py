@@ -113,12 +113,13 @@ TRIALS = {
     "why": {
         "h-ssl": f"{HELPS} h-ssl", "a-ssl": f"{HELPS} a-ssl",
         **{f"h-ssl, {name}": f"{HELPS} h-ssl {changed}" for name, changed in {
-            "24 epochs": "--epochs 24", "kernel 5": "--kernel-size 5", "kernel 7": "--kernel-size 7",
+            "16 epochs": "--epochs 16", "24 epochs": "--epochs 24", "kernel 5": "--kernel-size 5",
             "window 4": "--base-space 4", "window 6": "--base-space 6", "all positions": "--grid 0",
-            "temperature 0.1": "--temperature 0.1", "temperature 1": "--temperature 1",
+            "temperature 0.1": "--temperature 0.1",
             "kernel 5, window 4, all positions, temperature 0.1": ALL_FOUR,
             "all four, 24 epochs": f"{ALL_FOUR} --epochs 24",
-            "augmented": "--augment 1", "augmented, two passes": "--augment 2"}.items()},
+            "augmented": "--augment 1", "augmented, two passes": "--augment 2",
+            "augmented, two passes, window 6": "--augment 2 --base-space 6"}.items()},
         "a-ssl, augmented, whole map": f"{HELPS} a-ssl --augment 1 --base-space 7",
     },
     # Table 1 at the paper's temperature; rotation and scale with twice their channels there.
@@ -164,6 +165,7 @@ def parse(argv=None):
                                 allow_abbrev=False)
     p.add_argument("name", choices=TABLES, metavar="NAME", help=", ".join(TABLES))
     p.add_argument("--budget", choices=BUDGETS, default="cpu", help="(default: %(default)s)")
+    p.add_argument("--only", nargs="+", metavar="WORD", help="train only rows with one of these words (default: all)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     p.add_argument("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
     p.add_argument("--runs", default="runs/experiments", help="folder of the runs' folders (default: %(default)s)")

@@ -87,6 +87,23 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch, capsys, few_glyphs):
     with pytest.raises(SystemExit, match="was made with other flags"):
         call(SMALL + " --lr 0.2")
 
+    other = tmp_path / "runs" / "glyphs-cpu-h-ssl--small-7"                    # another seed, finished earlier, stays
+    other.mkdir()
+    (other / "run.json").write_text(json.dumps({key: found[key] for key in found if key != "row"} | dict(seed=7)))
+    call(SMALL)
+    assert [r["seed"] for r in json.loads((tmp_path / "glyphs-cpu.json").read_text())["runs"]] == [0, 7]
+
+
+def test_only_some_rows_are_trained(tmp_path, monkeypatch, few_glyphs):
+    """--only: rows that have one of these words; a word is not a part of one."""
+    monkeypatch.setitem(tables.TABLES, "glyphs", lambda budget: dict.fromkeys(("h-ssl", "h-ssl, longer", "a-ssl"), ""))
+    started = []
+    monkeypatch.setattr(runs, "train_row", lambda flags, seed, out, args: started.append(out.name) or {})
+    for words in (["h-ssl", "longer"], ["longer"], ["ssl"]):
+        runs.train_table(tables.parse(["glyphs", "--seeds", "5", "--results", str(tmp_path), "--runs", str(tmp_path),
+                                       "--only", *words]))
+    assert started == ["glyphs-cpu-h-ssl-5", "glyphs-cpu-h-ssl--longer-5", "glyphs-cpu-h-ssl--longer-5"]
+
 
 def test_a_failed_run_ends_the_table_with_its_message(tmp_path):
     launcher = f"""{sys.executable} -c 'import sys; sys.exit("no room for " + sys.argv[1])'"""
