@@ -142,6 +142,25 @@ def losses(args):
     return figure
 
 
+def trajectories(args):
+    """linear classifier, neighbours and rank against the encoder's passes, from table trajectories"""
+    runs = results("trajectories", args.budget)
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.6))
+    for row, colour in zip(dict.fromkeys(r["row"] for r in runs), (BLUE, RED, GREY, "#b8860b", "#2e8b57")):
+        for k, r in enumerate(r for r in runs if r["row"] == row):
+            passes = (2 if "--method a-ssl" in r["flags"] or "--augment 2" in r["flags"] else 1) * r["train_images"]
+            for axes, name in zip(panels, ("linear", "neighbours", "effective_rank")):
+                values = [r["looks"][0][f"frozen_{name}"], *(look[name] for look in r["looks"])]
+                axes.plot([passes * epoch / 1000 for epoch in range(len(values))], values, color=colour,
+                          linewidth=1.4, label=None if k else row)
+    titles = "linear classifier, %", "20 nearest neighbours, %", "effective rank"
+    for axes, title in zip(panels, titles):
+        axes.set(title=title, xlabel="thousands of images passed through the encoder")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=8)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    return figure
+
+
 # --------------------------------------------------------------------------------------------------------------- a run
 @torch.no_grad()
 def run(args):
@@ -296,11 +315,11 @@ def tour_training(s):
     return figure
 
 
-FIGURES = {"idea": idea, "sweeps": sweeps, "losses": losses, "tour": tour, "run": run}
+FIGURES = {"idea": idea, "sweeps": sweeps, "losses": losses, "trajectories": trajectories, "tour": tour, "run": run}
 
 
 def main():
-    about = "\n".join(f"    {name:8}{draw.__doc__}" for name, draw in FIGURES.items())
+    about = "\n".join(f"    {name:13}{draw.__doc__}" for name, draw in FIGURES.items())
     p = argparse.ArgumentParser(description=f"{__doc__}\n{about}", formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("figure", choices=FIGURES)
     p.add_argument("run", nargs="?", help="run: the folder of a run, as train.py's --out")

@@ -5,6 +5,7 @@
     mnist, cifar10, tiny-imagenet               Table 1: frozen, A-SSL, H-SSL and supervised for each group
     mnist-untied, cifar10-untied, ...           the same with the structure removed
     base-space, distance                        H-SSL's parameters beside A-SSL's crop size and displacement
+    why, trajectories                           what makes translation learn or forget, one change at a time
     objectives                                  SimSiam and BYOL
     views                                       more than two views of each image
     groups, rates, long, trust, readouts,       trials behind what the README says we learned; only at budget cpu
@@ -110,6 +111,12 @@ HELPS = f"{CPU['mnist', 'translation']} --group translation --method"
 ALL_FOUR = "--kernel-size 5 --base-space 4 --grid 0 --temperature 0.1"
 
 TRIALS = {
+    # The same, watched while they learn; with as many encoder passes each.
+    "trajectories": {row: f"{HELPS} {flags} --eval-every 1" for row, flags in {
+        "h-ssl": "h-ssl --epochs 24", "a-ssl": "a-ssl --epochs 12",
+        "h-ssl, kernel 5, window 4, all positions, temperature 0.1": f"h-ssl {ALL_FOUR} --epochs 24",
+        "a-ssl, augmented, whole map": "a-ssl --augment 1 --base-space 7 --epochs 12",
+        "h-ssl, augmented, two passes, window 6": "h-ssl --augment 2 --base-space 6 --epochs 12"}.items()},
     "why": {
         "h-ssl": f"{HELPS} h-ssl", "a-ssl": f"{HELPS} a-ssl",
         **{f"h-ssl, {name}": f"{HELPS} h-ssl {changed}" for name, changed in {
@@ -117,7 +124,6 @@ TRIALS = {
             "window 4": "--base-space 4", "window 6": "--base-space 6", "all positions": "--grid 0",
             "temperature 0.1": "--temperature 0.1",
             "kernel 5, window 4, all positions, temperature 0.1": ALL_FOUR,
-            "all four, 24 epochs": f"{ALL_FOUR} --epochs 24",
             "augmented": "--augment 1", "augmented, two passes": "--augment 2",
             "augmented, two passes, window 6": "--augment 2 --base-space 6"}.items()},
         "a-ssl, augmented, whole map": f"{HELPS} a-ssl --augment 1 --base-space 7",
