@@ -20,7 +20,9 @@ import run
 import runs
 import tables
 import train
+import understand
 from hssl import Crops, Rotation, Translation
+from helpers import train_here
 from kill_and_resume import start
 from layers import MNISTBackbone, Untied, steerable_basis
 
@@ -258,3 +260,40 @@ def test_errors_of_filters(tmp_path, monkeypatch, capsys):
     assert [row["K"] for row in found["rotation"]][-3:] == [15, 10, 15] and len(found["scale"]) == 5
     assert all(len(errors) == 2 for row in found["rotation"] + found["scale"] for errors in row["errors"])
     assert capsys.readouterr().out.count("| now: ") == 2
+
+
+def test_averages_over_the_group_do_not_change_with_the_image_s_turn():
+    """Where Eq. (1) is exact; what is read at one element does. The views' projections come in another order."""
+    torch.manual_seed(0)
+    encoder, x = MNISTBackbone("rotation", 4, widths=[2, 3, 4], kernel_size=5).eval(), torch.rand(6, 1, 28, 28)
+    head = train.ProjectionHead(4 * 49, 16, 8)
+    objective, turned = argparse.Namespace(encoder=encoder, head=head), x.rot90(1, (2, 3))
+    with torch.no_grad():
+        (found, p), (after, q) = (understand.representations(objective, Rotation(4), a) for a in (x, turned))
+    for name in found:
+        same = torch.allclose(found[name], after[name], atol=1e-5)
+        assert same == name.endswith(", G"), name
+        assert found[name].shape == (6, {"2x2": 64, "mean": 16, "projection, G": 8}.get(name, 16)), name
+    torch.testing.assert_close(q, p.roll(-1, 0))                               # T_h x seen from g is x seen from gh
+    torch.testing.assert_close(found["projection, G"], p.mean(0))
+
+
+def test_alignment_and_uniformity_are_those_of_a_loop():
+    p = torch.nn.functional.normalize(torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)), dim=2)
+    aligned = [(p[a, i] - p[b, i]).square().sum() for i in range(5) for a in range(3) for b in range(3) if a != b]
+    apart = [(-2 * (p[0, i] - p[0, k]).square().sum()).exp() for i in range(5) for k in range(i)]
+    found = understand.alignment_and_uniformity(p)
+    assert found == pytest.approx([torch.stack(aligned).mean().item(), torch.stack(apart).mean().log().item()])
+
+
+def test_what_encoder_and_head_know(tmp_path, monkeypatch, capsys, few_glyphs):
+    """understand.py on a table's finished run: a line for each readout, of the encoder as it was and as it is."""
+    train_here(tmp_path / "why-cpu-h-ssl-0")
+    (tmp_path / "why-cpu-h-ssl-0" / "run.json").write_text(json.dumps(dict(method="h-ssl", seed=0, commit="c")))
+    monkeypatch.setattr(sys, "argv", ["understand.py", "why", "--runs", str(tmp_path), "--results", str(tmp_path)])
+    understand.main()
+    (found,) = json.loads((tmp_path / "understand-why.json").read_text())["h-ssl"]
+    assert found["before"]["2x2"] != found["after"]["2x2"] and set(found["before"]) == set(found["after"])
+    assert found["after"]["2x2"]["top1"] == json.loads((tmp_path / "why-cpu-h-ssl-0/probe.json").read_text())["top1"]
+    printed = capsys.readouterr().out
+    assert printed.count("| h-ssl | ") == 6 and "| h-ssl | hidden, G | " in printed
