@@ -239,7 +239,7 @@ class Crops:
 # ---------------------------------------------------------------------------------- extension: ordinary augmentation
 def augment(x, generator=None):
     """T_a x for images x (B, C, H, W), a drawn for each: turned by up to 20 degrees, enlarged or shrunk by up to a
-    quarter, sheared, shifted by up to a thirteenth of the side, bent smoothly, and with noise. Background is 0.
+    quarter, stretched, sheared, shifted by up to a thirteenth of the side, bent, and with noise. Background is 0.
 
     With T_a x in the place of x all equations stay true: views move within it. generator: on x's device.
     """
@@ -265,7 +265,9 @@ def augmented(ssl_loss, passes=1, rank=0):
     def loss(f, h, I, group, x, *g):
         def seen(x):
             seed = int(torch.randint(2**62, ())) + rank
-            return f(augment(x, torch.Generator(x.device).manual_seed(seed)))
+            with torch.autocast(x.device.type, enabled=False):                 # half precision moves pixels
+                x = augment(x, torch.Generator(x.device).manual_seed(seed))
+            return f(x)
         x, *g = (torch.cat([given] * passes) for given in (x, *g))
         return ssl_loss(seen, h, lambda *h: I(*(part for view in h for part in view.chunk(passes))), group, x, *g)
     return loss

@@ -71,6 +71,16 @@ def test_passes_and_processes_draw_their_own(monkeypatch):
     assert len(seen[0]) == 6 and not torch.allclose(seen[0][:3], seen[0][3:], atol=0.1)
 
 
+def test_half_precision_does_not_move_pixels():
+    seen, x, g = [], blob(3), torch.zeros(3, dtype=torch.long)
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            hssl.augmented(hssl.h_ssl_loss)(lambda x: seen.append(x) or x[:, :, None], lambda view: view.flatten(1),
+                                            lambda *h: 0, hssl.Rotation(1), x, g, g)
+    assert torch.equal(*seen)
+
+
 def test_a_resumed_run_draws_the_same(few_glyphs, tmp_path, monkeypatch):
     """Stopped within an epoch, it ends as the run that was left alone, bit for bit."""
     flags, calls = ["--augment", "2", "--grid", "2"], []
