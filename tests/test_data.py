@@ -64,7 +64,7 @@ def test_unknown_name():
 
 
 def numbered(monkeypatch, count=300):
-    """--dataset glyphs has images that tell their number, in 28 columns of one row; labels are the same."""
+    """--dataset glyphs has images whose first two pixels tell their number; labels are the same."""
     images = torch.zeros(count, 1, 28, 28, dtype=torch.uint8)
     images[:, 0, 0, 0], images[:, 0, 0, 1] = torch.arange(count) // 256, torch.arange(count) % 256
     some = data.Dataset(images, torch.arange(count), images[:50], torch.arange(50), 10, 0.0, 1.0)
@@ -91,11 +91,11 @@ def test_the_seed_draws_the_subset(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------- nuisances
-def blob(count=400, side=28, channels=1):
-    """Gaussian blobs (count, channels, side, side) uint8, 6 pixels right of the middle of 28."""
-    at = (torch.arange(side) + 0.5) * 28 / side - 14
+def blob(count):
+    """Images (count, 1, 28, 28) uint8 of a Gaussian 6 pixels right of the middle."""
+    at = torch.arange(28) - 13.5
     image = 250 * torch.exp(-((at[None] - 6) ** 2 + at[:, None] ** 2) / 8)
-    return image.round().byte().expand(count, channels, side, side)
+    return image.round().byte().expand(count, 1, 28, 28)
 
 
 def centroids(images):
