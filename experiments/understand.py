@@ -13,7 +13,7 @@ looks at the runs of `tables.py TABLE` at budget cpu. Readouts of an image's fea
 Prints, for each run, mean over seeds, before → after training: linear top-1, neighbours, 10 labels a class (all in
 percent), effective rank. Then alignment and uniformity of the projections (Wang and Isola, 2020): the mean squared
 distance of two views of an image, and the logarithm of the mean of exp(-2 squared distance) over pairs of images.
-Writes experiments/results/understand-TABLE.json.
+Writes experiments/results/understand_TABLE.json.
 """
 import argparse
 import json
@@ -101,14 +101,14 @@ def main():
     p.add_argument("--results", default=str(RESULTS), help="folder of the JSON file (default: experiments/results)")
     args = p.parse_args()
     found = defaultdict(list)
-    for folder in sorted(Path(args.runs).glob(f"{args.table}-cpu-*")):
-        record = json.loads((folder / "run.json").read_text())
+    for path in sorted(Path(args.runs).glob(f"{args.table}-cpu-*/run.json")):
+        folder, record = path.parent, json.loads(path.read_text())
         row = folder.name.removeprefix(f"{args.table}-cpu-").rsplit("-", 1)[0]
         wanted = row in args.rows if args.rows else record["method"] in ("h-ssl", "a-ssl")
         if wanted and (not args.seeds or record["seed"] in args.seeds):
             found[row].append(look(folder, args.data_dir) | dict(seed=record["seed"], commit=record["commit"]))
     Path(args.results).mkdir(parents=True, exist_ok=True)
-    (Path(args.results) / f"understand-{args.table}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (Path(args.results) / f"understand_{args.table}.json").write_text(json.dumps(found, indent=1) + "\n")
     show(found)
 
 

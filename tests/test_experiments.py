@@ -292,7 +292,7 @@ def test_what_encoder_and_head_know(tmp_path, monkeypatch, capsys, few_glyphs):
     (tmp_path / "why-cpu-h-ssl-0" / "run.json").write_text(json.dumps(dict(method="h-ssl", seed=0, commit="c")))
     monkeypatch.setattr(sys, "argv", ["understand.py", "why", "--runs", str(tmp_path), "--results", str(tmp_path)])
     understand.main()
-    (found,) = json.loads((tmp_path / "understand-why.json").read_text())["h-ssl"]
+    (found,) = json.loads((tmp_path / "understand_why.json").read_text())["h-ssl"]
     assert found["before"]["2x2"] != found["after"]["2x2"] and set(found["before"]) == set(found["after"])
     assert found["after"]["2x2"]["top1"] == json.loads((tmp_path / "why-cpu-h-ssl-0/probe.json").read_text())["top1"]
     printed = capsys.readouterr().out
