@@ -158,3 +158,56 @@ def test_an_overflow_is_no_traceback(few_glyphs):
 
     result = probe.probe(Overflow(), some, iterations=9)
     assert 0 <= result["top1"] <= 100 and result["effective_rank"] >= 1 and "1" in result["few_labels"]
+
+
+# ------------------------------------------------------------------------------------------------------- the classifier
+@pytest.mark.parametrize("penalty", (1e-1, 1e-3, 1e-5))
+def test_the_classifier_is_at_its_minimum(penalty):
+    """Newton's method in float64 finds no objective that is lower by more than the gap, from wherever it starts."""
+    x, labels = clusters(300, 3, 6, deviation=2)
+
+    def objective(weights):
+        scores = x.to(weights.dtype) @ weights[:-1] + weights[-1]
+        return F.cross_entropy(scores, labels) + penalty / 2 * weights.square().sum()
+
+    least = torch.zeros(7, 3, dtype=torch.float64)
+    for _ in range(30):
+        gradient = torch.func.grad(objective)(least)
+        hessian = torch.autograd.functional.hessian(objective, least).reshape(21, 21)
+        least = least - torch.linalg.solve(hessian, gradient.flatten()).view(7, 3)
+    assert torch.func.grad(objective)(least).norm() < 1e-9
+    for start in (None, torch.randn(7, 3, generator=torch.Generator().manual_seed(0))):
+        weights, gap = probe.softmax_regression(x, labels, 3, penalty, start)
+        assert not weights.requires_grad and (gap <= 1e-4 or penalty < 1e-3)   # float32's losses resolve no more
+        assert -1e-6 <= objective(weights.double()) - objective(least) <= gap + 1e-6
+    early, gap = probe.softmax_regression(x, labels, 3, penalty, 10 * torch.ones(7, 3), iterations=1, tolerance=0)
+    assert 0 <= objective(early.double()) - objective(least) <= gap            # the bound holds on the way, too
+
+
+def test_the_penalty_is_chosen_on_images_that_the_classifier_does_not_see(monkeypatch):
+    """With wrong labels in the last twentieth the strongest penalty is the best; the last training has all images."""
+    x, labels = clusters(2000, 4, 8, deviation=2)
+    test, test_labels = clusters(1000, 4, 8, deviation=2, seed=1)
+    seen, original = [], probe.softmax_regression
+    monkeypatch.setattr(probe, "softmax_regression",
+                        lambda x, *rest: seen.append((len(x), rest[2])) or original(x, *rest))
+    right = probe.assess(x, labels, test, test_labels, 4)
+    assert seen == [(1900, penalty) for penalty in probe.PENALTIES] + [(2000, right["penalty"])]
+    assert right["penalty"] < probe.PENALTIES[0] and right["train_loss"] < 1.3 and right["gap"] <= 1e-4
+    wrong = labels.clone()
+    wrong[-100:] = (labels[-100:] + 1) % 4
+    assert probe.assess(x, wrong, test, test_labels, 4)["penalty"] == probe.PENALTIES[0]
+
+
+def test_statistics_are_exact_for_trained_encoders_too(few_glyphs, tmp_path):
+    """The last checkpoint's batch norm has the training images' own mean and variance, whatever the views were."""
+    some = data.load("glyphs", "unused", train_images=200)
+    for method in ("h-ssl", "a-ssl"):
+        train_here(tmp_path / method, "--method", method)
+        encoder, _ = run.load_encoder(tmp_path / method)
+        norm = next(m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        inputs = []
+        norm.register_forward_hook(lambda module, given, output: inputs.append(given[0].detach()))
+        encoder(some.batch(some.train_images, torch.arange(200)))
+        torch.testing.assert_close(norm.running_mean, inputs[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm.running_var, inputs[0].var((0, 2, 3)), rtol=1e-4, atol=1e-5)
