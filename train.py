@@ -92,7 +92,7 @@ def parse(argv=None):
     add("--resume", action="store_true", default=False, help="continue the run in --out, if there is one")
     add("--save-every", type=count, default=10, help="epochs between checkpoints")
     add("--log-every", type=count, default=10, help="steps between lines of log.jsonl")
-    add("--eval-every", type=count, help="epochs between looks at neighbours, rank and spread (default: never)")
+    add("--eval-every", type=count, help="epochs between looks at accuracy, neighbours and rank (default: never)")
     add("--amp", choices=("float16", "bfloat16", "off"), help="half precision (default: float16 on cuda, off on cpu)")
     add("--device", choices=("cpu", "cuda"), help="where to train (default: cuda if there is a GPU)")
     # The encoder
