@@ -329,7 +329,7 @@ def glyphs(train=10_000, test=2_000, seed=0):
             pictures.append(Image.new("L", (side * over, side * over)))
             ImageDraw.Draw(pictures[-1]).text((side * over / 2, side * over / 2), character, fill=255, font=font,
                                               anchor="mm", stroke_width=stroke)
-    shapes = F.avg_pool2d(torch.from_numpy(np.stack(pictures))[:, None].float() / 255, over)         # (10·4, 1, 28, 28)
+    shapes = F.avg_pool2d(torch.from_numpy(np.stack(pictures))[:, None].float() / 255, over)         # (40, 1, 28, 28)
     generator = torch.Generator().manual_seed(seed)
     labels, weight = (torch.randint(len(kinds), (count,), generator=generator) for kinds in (GLYPHS, strokes))
     random = torch.rand(4, count, generator=generator)

@@ -140,8 +140,8 @@ def softmax_regression(x, labels, classes, penalty, start=None, iterations=1000,
     """The linear classifier that minimises its mean cross-entropy on x (N, D) plus penalty/2 · ‖W‖², by L-BFGS.
 
     start: weights (D + 1, K) to begin at; the last row are biases. The objective curves upwards by at least the penalty
-    everywhere, so the minimum is at most ‖∇‖²/(2 · penalty) lower. It ends once this bound, the gap, is within the
-    tolerance, in nats, or after so many iterations: with penalties below 1e-4 float32 may not get there. Returns
+    everywhere, so the minimum is at most ‖∇‖²/(2 · penalty) lower. It ends once this bound, the gap, is within
+    the tolerance, in nats, or after so many iterations: with penalties below 1e-4 float32 may not get there. Returns
     weights (D + 1, K) and the gap.
     """
     weights = x.new_zeros(x.shape[1] + 1, classes) if start is None else start.clone()

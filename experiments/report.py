@@ -157,7 +157,8 @@ def by_measure(found, reference=None):
     pairs = {f"{row} − frozen": ((row, 1), (row, 0)) for row in rows}
     pairs |= {f"{row} − {other}": ((row, 1), (other, 1)) for row in rows
               if (other := row.replace("h-ssl", "a-ssl")) != row and other in rows}
-    pairs |= {f"{row} − {reference}": ((row, 1), (reference, 1)) for row in rows if reference not in (None, row)}
+    pairs |= {f"{row} − {reference}": ((row, 1), (reference, 1)) for row in rows
+              if reference not in (None, row) and f"{reference} − {row}" not in pairs}
     lines += ["", *heading("comparison", "n", f"{top1} [95 % interval]", *others, "verdict")]
     for name, (a, b) in pairs.items():
         results = [paired(found[(*a, title)], found[(*b, title)]) for title in titles]
