@@ -5,11 +5,9 @@
     mnist, cifar10, tiny-imagenet               Table 1: frozen, A-SSL, H-SSL and supervised for each group
     mnist-untied, cifar10-untied, ...           the same with the structure removed
     base-space, distance                        H-SSL's parameters beside A-SSL's crop size and displacement
-    why, trajectories                           what makes translation learn or forget, one change at a time
     objectives                                  SimSiam and BYOL
-    views                                       more than two views of each image
-    rates, long, trust, readouts,               trials behind what the README says we learned; only at budget cpu
-    glyphs, glyphs-untied, glyphs-views
+    nuisances                                   MNIST turned, shrunk, or anywhere on a larger canvas
+    why, trajectories, work, readouts, glyphs   what makes training learn or forget; only at budget cpu
 
     paper   the paper's configuration, for `--launcher "torchrun --nproc_per_node=8"`
     gpu     full width and all images, but fewer epochs and smaller batches: one GPU
@@ -29,8 +27,6 @@ BUDGETS = ("paper", "gpu", "cpu")
 GROUPS = ("translation", "rotation", "scale")
 
 # ------------------------------------------------------------------------------------------- Table 1 and its variations
-TRIAL = ("--device cpu --dataset mnist --train-images 10000 --batch-size 512 --epochs 8 --warmup-epochs 1 "
-         "--trust-coefficient 0.03")
 # At budget cpu the total width, channels times group size, is about the same for every group, so that all cost alike.
 MNIST = ("--dataset mnist --device cpu --train-images 5000 --batch-size 256 --epochs 8 --warmup-epochs 1 "
          "--trust-coefficient 0.03")
@@ -47,63 +43,62 @@ CPU = {
     ("cifar10", "scale"): f"{CIFAR10} --epochs 6 --kernel-size 7 --grid 1",
     ("tiny-imagenet", "translation"): f"{TINY} --epochs 3 --kernel-size 5 --grid 1",
 }
-BEFORE = {                     # of the tables that were not run again since
-    "translation": f"{TRIAL} --widths 16 32 64 --kernel-size 5",
-    "rotation": f"{TRIAL} --widths 4 8 16 --kernel-size 5 --temperature 1",
-    "scale": f"{TRIAL} --widths 4 8 16 --kernel-size 7 --temperature 1",
-}
 GPU = {"mnist": "--epochs 50 --warmup-epochs 5 --batch-size 1024", "cifar10": "--epochs 100 --batch-size 512",
        "tiny-imagenet": "--epochs 100 --batch-size 256"}
 
 
-def setting(dataset, group, budget, before=False):
+def setting(dataset, group, budget):
     """The flags that all runs on a data set and group share; None if there are none at this budget."""
     if budget == "cpu":
-        cpu = {**CPU, **{("mnist", group): flags for group, flags in BEFORE.items()}} if before else CPU
-        return f"{cpu[dataset, group]} --group {group}" if (dataset, group) in cpu else None
+        return f"{CPU[dataset, group]} --group {group}" if (dataset, group) in CPU else None
     return f"--dataset {dataset} --group {group}" + (f" {GPU[dataset]}" if budget == "gpu" else "")
 
 
-def table1(dataset, budget, before=False):
-    settings = {group: setting(dataset, group, budget, before) for group in GROUPS}
+def table1(dataset, budget):
+    settings = {group: setting(dataset, group, budget) for group in GROUPS}
     return {f"{group} {method}": f"{flags} --method {method}"
             for group, flags in settings.items() if flags for method in METHODS}
 
 
 def untied(dataset, budget):
     """For translation only MNIST's network: without convolutions the residual one is too large."""
-    return {row: f"{flags} --structure none" for row, flags in table1(dataset, budget, before=True).items()
+    return {row: f"{flags} --structure none" for row, flags in table1(dataset, budget).items()
             if row.split()[1] in ("a-ssl", "h-ssl") and (dataset == "mnist" or "translation" not in row)}
 
 
+def nuisances(budget):
+    """The group's own nuisance in every image: on the equivariant network, on an untied one that costs as much, and on
+    the plain one of translation, trained as SimCLR would."""
+    rows = {}
+    for group in GROUPS:
+        # Placed anywhere on 40x40 pixels, an image has a feature map of 10x10 positions.
+        window, whole = ("--base-space 7", "--base-space 10") if group == "translation" else ("", "--base-space 7")
+        base = f"{setting('mnist', group, budget)} --nuisance {group} {window}".strip()
+        plain = f"{setting('mnist', 'translation', budget)} --nuisance {group} {whole} --augment 1"
+        rows |= {f"{group} {method}": f"{base} --method {method}" for method in ("h-ssl", "a-ssl", "supervised")}
+        if group != "translation":
+            rows |= {f"{group} {method}, untied": f"{base} --method {method} --structure none"
+                     for method in ("h-ssl", "a-ssl")}
+        rows[f"{group} a-ssl, plain and augmented"] = f"{plain} --method a-ssl"
+    return rows
+
+
 def sweep(flag, held, budget):
-    """Values 1 to 5 of one flag, the other held. A-SSL's crop is 4 pixels, our stride, per position of H-SSL's window,
-    and its displacement 4 pixels per position of distance."""
-    base = setting("mnist", "translation", budget, before=True)
-    if budget == "cpu":        # classified from the mean over positions, which tells these runs apart better than 2x2
-        base += " --train-images 5000 --batch-size 256 --probe-grid 1"
+    """Values of one flag, the other held. A-SSL's crop is 4 pixels, our stride, per position of H-SSL's window, and its
+    displacement 4 pixels per position of distance. The head sees all positions, of which a window of 1 has one."""
+    base = f"{setting('mnist', 'translation', budget)} --grid 0"
     first, last = (f"{flag} {{}}", held) if flag == "--base-space" else (held, f"{flag} {{}}")
-    return {f"{name} {value}": f"{base} {method} {first.format(value)} {last.format(value)}" for value in range(1, 6)
+    return {f"{name} {value}": f"{base} {method} {first.format(value)} {last.format(value)}" for value in (1, 2, 3, 5)
             for name, method in (("h-ssl", "--method h-ssl"), ("a-ssl", "--method a-ssl --crop"))}
 
 
 def objectives(budget):
-    base = setting("mnist", "translation", budget, before=True)
-    return {f"{objective} {method}": f"{base} --objective {objective} --method {method}"
+    base = f"{setting('mnist', 'translation', budget)} --objective"
+    return {f"{objective} {method}": f"{base} {objective} --method {method}"
             for objective in ("simsiam", "byol") for method in ("a-ssl", "h-ssl")}
 
 
-def views(budget):
-    """To be compared with H-SSL's rows of table mnist, which have two views."""
-    return {f"{group}, {count} views": f"{setting('mnist', group, budget, True)} --method h-ssl --views {count}"
-            for group, count in (("translation", 4), ("rotation", 4), ("scale", 3))}
-
-
 # -------------------------------------------------------------------------------------------------------------- trials
-LONG = "--device cpu --dataset mnist --train-images 10000 --kernel-size 5 --batch-size 256 --warmup-epochs 2"
-SMALL = ("--device cpu --dataset mnist --group rotation --train-images 5000 --widths 4 8 16 --kernel-size 5 "
-         "--warmup-epochs 1 --trust-coefficient 0.03")
-
 # Why training helps or harms: from the setting of Table 1, one change at a time. The last of two equal flags counts.
 HELPS = f"{CPU['mnist', 'translation']} --group translation --method"
 ALL_FOUR = "--kernel-size 5 --base-space 4 --grid 0 --temperature 0.1"
@@ -122,34 +117,24 @@ TRIALS = {
             "window 4": "--base-space 4", "window 6": "--base-space 6", "all positions": "--grid 0",
             "temperature 0.1": "--temperature 0.1",
             "kernel 5, window 4, all positions, temperature 0.1": ALL_FOUR,
+            "4 views": "--views 4", "lr 3, trust coefficient 0.001": "--lr 3 --trust-coefficient 0.001",
             "augmented": "--augment 1", "augmented, two passes": "--augment 2",
             "augmented, two passes, window 6": "--augment 2 --base-space 6"}.items()},
         "a-ssl, augmented, whole map": f"{HELPS} a-ssl --augment 1 --base-space 7",
     },
-    # More than half of the paper's 7,000 steps, with a batch that a CPU can afford; 1.6 is 0.1 per 256 at batch 4096.
-    "rates": {f"lr {lr}": f"{LONG} --widths 8 16 32 --epochs 100 --lr {lr}" for lr in (0.1, 1.6)},
-    # Why do these fall below the frozen encoder?
-    "long": {"temperature 1": f"{LONG} --widths 8 16 32 --epochs 100 --temperature 1",
-             "twice the channels, half the epochs": f"{LONG} --widths 16 32 64 --epochs 50"},
-    # The same product, so the same steps of the weights; but biases and norms take the bare rate.
-    "trust": {f"lr {lr}, trust coefficient {trust}":
-              f"{BEFORE['translation']} --lr {lr} --trust-coefficient {trust}"
-              for lr, trust in ((0.1, 0.03), (3, 0.001))},
-    # What rotation learns from different readouts; see rotation_shortcut.py.
-    "readouts": {
-        **{f"{method} grid {grid}": f"{SMALL} --method {method} --grid {grid} --epochs 10 --batch-size 256"
-           for method, grid in (("h-ssl", 0), ("h-ssl", 2), ("h-ssl", 1), ("a-ssl", 1))},
-        "h-ssl grid 0, temperature 1": f"{SMALL} --grid 0 --epochs 10 --batch-size 256 --temperature 1",
-        "h-ssl grid 1, temperature 1": f"{SMALL} --grid 1 --epochs 10 --batch-size 256 --temperature 1",
-        "h-ssl grid 1, 126 negatives": f"{SMALL} --grid 1 --epochs 3 --batch-size 64",
-        "h-ssl grid 1, 2046 negatives": f"{SMALL} --grid 1 --epochs 48 --warmup-epochs 4 --batch-size 1024",
-        "h-ssl grid 1, twice the channels": f"{SMALL} --grid 1 --epochs 10 --batch-size 256 --widths 8 16 32",
-    },
-    # Data with rotation in them.
-    "glyphs": {"h-ssl": "--device cpu", "a-ssl": "--device cpu --method a-ssl",
-               "h-ssl, temperature 0.1": "--device cpu --temperature 0.1", "h-ssl, grid 1": "--device cpu --grid 1"},
-    "glyphs-untied": {method: f"--device cpu --structure none --method {method}" for method in ("h-ssl", "a-ssl")},
-    "glyphs-views": {"4 views": "--device cpu --views 4"},
+    # Complete trainings of several lengths: what do encoder passes and time buy?
+    "work": {f"{row}, {epochs} epochs": f"{HELPS} {flags} --epochs {epochs}" for row, flags, lengths in (
+        ("h-ssl", "h-ssl", (4, 8, 16, 24)), ("a-ssl", "a-ssl", (2, 4, 8, 12)),
+        ("simclr", "a-ssl --augment 1 --base-space 7", (2, 4, 8, 12)),
+        ("h-ssl on two augmented passes", "h-ssl --augment 2 --base-space 6", (2, 4, 8, 12))) for epochs in lengths},
+    # Rotation's head on means of each map, beside the default, all positions, which is a row of table mnist.
+    "readouts": {f"h-ssl, grid {grid}": f"{CPU['mnist', 'rotation']} --group rotation --method h-ssl --grid {grid}"
+                 for grid in (2, 1)},
+    # Data with rotation in them. A network without structure has 4 times the weights at the same widths and cost.
+    "glyphs": {f"{method}{name}": f"--device cpu --method {method} {flags}".strip()
+               for name, flags in (("", ""), (", untied", "--structure none"),
+                                   (", untied, same parameters", "--structure none --widths 2 4 8"))
+               for method in ("h-ssl", "a-ssl")},
 }
 
 # name -> a function of the budget, which returns {row: flags of train.py}, or {} for a budget without settings
@@ -157,7 +142,7 @@ TABLES = {name: functools.partial(table1, name) for name in GPU}
 TABLES |= {f"{name}-untied": functools.partial(untied, name) for name in GPU}
 TABLES |= {"base-space": functools.partial(sweep, "--base-space", "--max-distance 2"),
            "distance": functools.partial(sweep, "--max-distance", "--base-space 2"),
-           "objectives": objectives, "views": views}
+           "objectives": objectives, "nuisances": nuisances}
 TABLES |= {name: lambda budget, rows=rows: rows if budget == "cpu" else {} for name, rows in TRIALS.items()}
 
 
