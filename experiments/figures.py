@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import statistics
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +22,11 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 from runs import ROOT, load_run                                                # first: it finds the project's modules
 import probe
 from hssl import allowed_pairs
-from report import RESULTS
+from report import MEASURES, RESULTS
 
 BLUE, RED, GREY = "#1f5fa8", "#c2402a", "#777777"
 METHODS = {"h-ssl": BLUE, "a-ssl": RED}
+COLOURS = BLUE, RED, "#2e8b57", "#b8860b", "#7b3fa0", "black"
 
 
 def results(name, budget):
@@ -142,22 +144,28 @@ def losses(args):
     return figure
 
 
-def trajectories(args):
-    """linear classifier, neighbours and rank against the encoder's passes, from table trajectories"""
-    runs = results("trajectories", args.budget)
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.6))
-    for row, colour in zip(dict.fromkeys(r["row"] for r in runs), (BLUE, RED, GREY, "#b8860b", "#2e8b57")):
-        for k, r in enumerate(r for r in runs if r["row"] == row):
-            passes = (2 if "--method a-ssl" in r["flags"] or "--augment 2" in r["flags"] else 1) * r["train_images"]
-            for axes, name in zip(panels, ("linear", "neighbours", "effective_rank")):
-                values = [r["looks"][0][f"frozen_{name}"], *(look[name] for look in r["looks"])]
-                axes.plot([passes * epoch / 1000 for epoch in range(len(values))], values, color=colour,
-                          linewidth=1.4, label=None if k else row)
-    titles = "linear classifier, %", "20 nearest neighbours, %", "effective rank"
-    for axes, title in zip(panels, titles):
-        axes.set(title=title, xlabel="thousands of images passed through the encoder")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=8)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+def work(args):
+    """accuracy by three measures against encoder passes and against time, from table work"""
+    runs, kinds, figure = results("work", args.budget), defaultdict(list), plt.figure(figsize=(12.5, 7))
+    for r in runs:
+        kinds[r["row"].split(",")[0]].append(r)
+        passes = 2 if "--method a-ssl" in r["flags"] or "--augment 2" in r["flags"] else 1
+        images = int(r["flags"].split()[-1]) * r["train_images"]               # they end with the epochs
+        r["passes"], r["seconds"] = images * passes / 1000, images / r["images_per_second"]
+    for k, (x, label) in enumerate(dict(passes="thousands of images through the encoder",
+                                        seconds="seconds of training, on one core").items()):
+        for i, (title, key) in enumerate(list(MEASURES.items())[:3]):
+            read = lambda result: result[key]["10"][0] if key == "few_labels" else result[key]       # noqa: E731
+            axes = figure.add_subplot(2, 3, 3 * k + i + 1, title=f"{title}, %", xlabel=label)
+            for (kind, members), colour in zip(kinds.items(), COLOURS):
+                rows = dict.fromkeys(r["row"] for r in members)                # a length each
+                points = [[(r[x], read(r)) for r in members if r["row"] == row] for row in rows]
+                means = [[statistics.mean(values) for values in zip(*point)] for point in points]
+                deviations = [statistics.stdev(y for _, y in point) for point in points]
+                axes.errorbar(*zip(*means), deviations, color=colour, marker="o", capsize=3, label=kind)
+            axes.axhline(statistics.mean(read(r["frozen"]) for r in runs), color=GREY, linestyle="--", label="frozen")
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=9)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     return figure
 
 
@@ -315,7 +323,7 @@ def tour_training(s):
     return figure
 
 
-FIGURES = {"idea": idea, "sweeps": sweeps, "losses": losses, "trajectories": trajectories, "tour": tour, "run": run}
+FIGURES = {"idea": idea, "sweeps": sweeps, "losses": losses, "work": work, "tour": tour, "run": run}
 
 
 def main():

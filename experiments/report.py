@@ -1,6 +1,6 @@
 """Print the JSON files in experiments/results/ as Markdown tables.
 
-    python experiments/report.py [NAME ...] [--budget cpu]
+    python experiments/report.py [NAME ...] [--budget cpu] [--against ROW]
 
 Each cell is the mean ± standard deviation, over whole trainings, of the detached classifier's top-1 in percent. A row's
 command is `python train.py`, the flags above its table, its own flags, and `--seed` with each seed.
@@ -141,10 +141,10 @@ def measured(runs):
     return found
 
 
-def by_measure(found, reference=None):
+def by_measure(found, against=None):
     """A line per row of `measured`, its encoders by the measures besides top-1, and a line per comparison: trained
-    beside frozen, H-SSL beside A-SSL, and each row beside the reference, if one is named. Old files hold top-1 alone,
-    and have no lines of the first kind."""
+    beside frozen, H-SSL beside A-SSL, a row called "ROW, CHANGE" beside ROW, and all rows beside one that is named.
+    Old files hold top-1 alone, and have no lines of the first kind."""
     if not found:
         return []
     rows, _, held = (dict.fromkeys(part) for part in zip(*found))              # each once, in order
@@ -157,8 +157,8 @@ def by_measure(found, reference=None):
     pairs = {f"{row} − frozen": ((row, 1), (row, 0)) for row in rows}
     pairs |= {f"{row} − {other}": ((row, 1), (other, 1)) for row in rows
               if (other := row.replace("h-ssl", "a-ssl")) != row and other in rows}
-    pairs |= {f"{row} − {reference}": ((row, 1), (reference, 1)) for row in rows
-              if reference not in (None, row) and f"{reference} − {row}" not in pairs}
+    pairs |= {f"{row} − {base}": ((row, 1), (base, 1)) for row in rows for base in (row.split(",")[0], against)
+              if base in rows and base != row}
     lines += ["", *heading("comparison", "n", f"{top1} [95 % interval]", *others, "verdict")]
     for name, (a, b) in pairs.items():
         results = [paired(found[(*a, title)], found[(*b, title)]) for title in titles]
@@ -168,7 +168,7 @@ def by_measure(found, reference=None):
     return lines
 
 
-def show(record):
+def show(record, against=None):
     """Print the content of one JSON file as tables."""
     runs, name = record["runs"], record["name"]
     machine, torch, commit = (" or ".join(sorted({str(r[key]) for r in runs}))
@@ -176,18 +176,19 @@ def show(record):
     print(f"\n**{name}**, {record['budget']}: {machine}, torch {torch}, commit {commit}")
     table1 = name.removesuffix("-untied") in ("mnist", "cifar10", "tiny-imagenet")
     lines = (by_method if table1 else by_row)(runs)
-    print("\n".join(lines + by_measure(measured(runs), "h-ssl" if name == "why" else None)))
+    print("\n".join(lines + by_measure(measured(runs), against)))
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("name", nargs="*", help="which tables (default: all there are)")
     p.add_argument("--budget", default="cpu", help="whose results (default: %(default)s)")
+    p.add_argument("--against", metavar="ROW", help="compare all rows with this one, too")
     args = p.parse_args()
     for path in sorted(RESULTS.glob(f"*-{args.budget}.json")):
         record = json.loads(path.read_text())
         if not args.name or record["name"] in args.name:
-            show(record)
+            show(record, args.against)
 
 
 if __name__ == "__main__":

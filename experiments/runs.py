@@ -61,11 +61,9 @@ def train_row(flags, seed, out, args):
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         speed = statistics.median(line["images_per_second"] for line in log) if log else None
         result = json.loads((out / "probe.json").read_text())
-        looks = [{key: line[key] for key in line if key not in ("lr", "overflows")} for line in log if "spread" in line]
         record = dict(flags=flags, seed=seed, commit=commit(), machine=machine(), torch=torch.__version__,
                       seconds=seconds, images_per_second=speed,
                       losses=[[line["step"], round(line["loss"], 4)] for line in log], **result)
-        record |= dict(looks=looks) if looks else {}                           # of --eval-every
         path.write_text(json.dumps(record) + "\n")
         print(f"{out.name}: frozen {result['frozen_top1']:.2f} %, trained {result['top1']:.2f} %, {seconds:.0f} s",
               file=sys.stderr, flush=True)

@@ -6,8 +6,9 @@ looks at the runs of `tables.py TABLE` at budget cpu. Readouts of an image's fea
 
     2x2             2x2 means of all maps, which the detached classifier reads
     mean            their mean over positions
+    2x2, G          2x2 means of every view that may be drawn, averaged: invariant where Eq. (1) holds
     hidden          the head's hidden layer on the base space
-    hidden, G       the same on every view that may be drawn, averaged: invariant where Eq. (1) holds
+    hidden, G       the same on every view, averaged
     projection, G   the projections of these views, scaled to length 1, averaged
 
 Prints, for each run, mean over seeds, before → after training: linear top-1, neighbours, 10 labels a class (all in
@@ -45,7 +46,8 @@ def representations(objective, group, images):
         p = F.normalize(out(h), dim=2)
         projections.append(p)
         base = hidden(readout(group.base(z), objective.head.grid))
-        for name, part in (("2x2", readout(z, 2)), ("mean", readout(z, 1)), ("hidden", base),
+        maps = torch.stack([readout(view, 2) for view in views]).mean(0)                             # (b, C G 2 2)
+        for name, part in (("2x2", readout(z, 2)), ("mean", readout(z, 1)), ("2x2, G", maps), ("hidden", base),
                            ("hidden, G", h.mean(0)), ("projection, G", p.mean(0))):
             parts[name].append(part)
     return {name: torch.cat(part) for name, part in parts.items()}, torch.cat(projections, 1)

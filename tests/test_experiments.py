@@ -50,7 +50,8 @@ def test_every_listed_run_is_one_that_train_takes(name, capsys):
                 epochs = {"mnist": 500}.get(args.dataset, 1300)
                 assert (args.epochs, args.batch_size, args.temperature) == (epochs, 4096, 0.1), row
             args.widths = [1] * len(args.widths)               # whether the settings fit is not a matter of width
-            encoder, group = run.build(vars(args), *data.SHAPES[args.dataset])
+            channels, side = data.SHAPES[args.dataset]
+            encoder, group = run.build(vars(args), channels, 40 if args.nuisance == "translation" else side)
             if args.views == 2:
                 equal = args.augment and args.method == "a-ssl"
                 assert len(train.allowed_pairs(group, args.max_distance, equal)) > 0, row
@@ -60,11 +61,11 @@ def test_every_listed_run_is_one_that_train_takes(name, capsys):
 
 @pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*-*.json")), ids=lambda path: path.stem)
 def test_committed_results_are_of_the_listed_rows(path):
-    """Same settings, however written; but for rows with shifts and another group, whose flag --window is gone."""
+    """Same settings, however written."""
     record = json.loads(path.read_text())
     rows = tables.TABLES[record["name"]](record["budget"])
     for r in record["runs"]:
-        assert "--window" in r["flags"] or settings(r["flags"]) == settings(rows[r["row"]]), r["row"]
+        assert settings(r["flags"]) == settings(rows[r["row"]]), r["row"]
 
 
 def test_finished_runs_are_kept(tmp_path, monkeypatch, capsys, few_glyphs):
@@ -109,8 +110,8 @@ def test_only_some_rows_are_trained(tmp_path, monkeypatch, few_glyphs):
 
 def test_a_failed_run_ends_the_table_with_its_message(tmp_path):
     launcher = f"""{sys.executable} -c 'import sys; sys.exit("no room for " + sys.argv[1])'"""
-    with pytest.raises(SystemExit, match="(?s)--views 4 --seed 0 .*failed:\nno room for .*train.py"):
-        tables.main(tables.parse(["glyphs-views", "--launcher", launcher, "--runs", str(tmp_path / "runs"), "--results",
+    with pytest.raises(SystemExit, match="(?s)--method h-ssl --seed 0 .*failed:\nno room for .*train.py"):
+        tables.main(tables.parse(["glyphs", "--launcher", launcher, "--runs", str(tmp_path / "runs"), "--results",
                                   str(tmp_path)]))
     assert not list(tmp_path.glob("*.json"))
 
@@ -296,4 +297,4 @@ def test_what_encoder_and_head_know(tmp_path, monkeypatch, capsys, few_glyphs):
     assert found["before"]["2x2"] != found["after"]["2x2"] and set(found["before"]) == set(found["after"])
     assert found["after"]["2x2"]["top1"] == json.loads((tmp_path / "why-cpu-h-ssl-0/probe.json").read_text())["top1"]
     printed = capsys.readouterr().out
-    assert printed.count("| h-ssl | ") == 6 and "| h-ssl | hidden, G | " in printed
+    assert printed.count("| h-ssl | ") == 7 and "| h-ssl | hidden, G | " in printed

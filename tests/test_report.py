@@ -99,6 +99,15 @@ def test_an_old_file_has_comparisons_of_top_1_alone(capsys):
         "| other − frozen | 1 | +0.20 | open |"]
 
 
+def test_a_changed_row_is_compared_with_the_plain_one_and_with_one_that_is_named(capsys):
+    runs = [run(row, 0, 50, top1) for row, top1 in (("h-ssl", 51), ("h-ssl, longer", 53), ("simclr", 52.5))]
+    report.show(dict(name="why", budget="cpu", runs=runs), against="simclr")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-4:] == [
+        "| simclr − frozen | 1 | +2.50 | open |", "| h-ssl − simclr | 1 | −1.50 | open |",
+        "| h-ssl, longer − h-ssl | 1 | +2.00 | open |", "| h-ssl, longer − simclr | 1 | +0.50 | open |"]
+
+
 def test_a_file_whose_runs_hold_the_measures_in_part(capsys):
     """A column is there if one run holds it; what is missing is a dash, and a cell with fewer seeds says so."""
     full = dict(neighbours=81.0, frozen=dict(neighbours=80.0))
