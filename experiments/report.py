@@ -5,10 +5,10 @@
 Each cell is the mean ± standard deviation, over whole trainings, of the detached classifier's top-1 in percent. A row's
 command is `python train.py`, the flags above its table, its own flags, and `--seed` with each seed.
 
-Other measures, where a file holds them, are a second table. The last one compares: mean differences over the n seeds
-that both sides have, with 95 % intervals by Student's t (of other seeds, not other images, and each alone, however many
-there are). The verdict is on linear top-1: "higher" or "lower" if the interval excludes 0, "equivalent" if two
-one-sided tests at 5 % exclude a difference of MARGIN or more.
+A second table has all measures of the frozen and the trained encoders, and the last one compares rows: mean
+differences over the n seeds that both sides have, with 95 % intervals by Student's t (of other seeds, not other
+images, and each alone, however many there are). The verdict is on linear top-1: "higher" or "lower" if the interval
+excludes 0, "equivalent" if two one-sided tests at 5 % exclude a difference of MARGIN or more.
 """
 import argparse
 import json
@@ -142,26 +142,33 @@ def measured(runs):
 
 
 def by_measure(found, against=None):
-    """A line per row of `measured`, its encoders by the measures besides top-1, and a line per comparison: trained
-    beside frozen, H-SSL beside A-SSL, a row called "ROW, CHANGE" beside ROW, and all rows beside one that is named.
-    Old files hold top-1 alone, and have no lines of the first kind."""
+    """A line per row of `measured`, trained beside frozen by every measure; and a line per comparison: H-SSL beside
+    A-SSL, a row called "ROW, CHANGE" beside ROW, and all rows beside one that is named. Old files hold top-1 alone."""
     if not found:
         return []
     rows, _, held = (dict.fromkeys(part) for part in zip(*found))              # each once, in order
-    top1, *others = titles = [title for title in MEASURES if title in held]
-    lines = ["", *heading("frozen → trained", *others)] if others else []
-    for row in rows if others else ():
-        cells = (" → ".join(cell(found[row, side, title].values()) for side in (0, 1)) for title in others)
-        lines.append(f"| {row} | {' | '.join(cells)} |")
+    titles = [title for title in MEASURES if title in held]
 
-    pairs = {f"{row} − frozen": ((row, 1), (row, 0)) for row in rows}
-    pairs |= {f"{row} − {other}": ((row, 1), (other, 1)) for row in rows
-              if (other := row.replace("h-ssl", "a-ssl")) != row and other in rows}
-    pairs |= {f"{row} − {base}": ((row, 1), (base, 1)) for row in rows for base in (row.split(",")[0], against)
+    def compare(a, b, title):
+        return paired(found[(*a, title)], found[(*b, title)])
+
+    lines = ["", *heading("frozen → trained", "n", *titles)]
+    for row in rows:
+        usual, cells = compare((row, 1), (row, 0), titles[0])[0], []
+        for title in titles:
+            frozen, trained = (found[row, side, title].values() for side in (0, 1))
+            gain = compare((row, 1), (row, 0), title)
+            cells.append(f"{statistics.mean(frozen):.2f} → {statistics.mean(trained):.2f}, {difference(*gain, usual)}"
+                         if gain[0] else "–")
+        lines.append(f"| {row} | {usual} | {' | '.join(cells)} |")
+
+    pairs = {f"{row} − {other}": (row, other) for row in rows
+             if (other := row.replace("h-ssl", "a-ssl")) != row and other in rows}
+    pairs |= {f"{row} − {base}": (row, base) for row in rows for base in (row.split(",")[0], against)
               if base in rows and base != row}
-    lines += ["", *heading("comparison", "n", f"{top1} [95 % interval]", *others, "verdict")]
+    lines += ["", *heading("comparison", "n", f"{titles[0]} [95 % interval]", *titles[1:], "verdict")] if pairs else []
     for name, (a, b) in pairs.items():
-        results = [paired(found[(*a, title)], found[(*b, title)]) for title in titles]
+        results = [compare((a, 1), (b, 1), title) for title in titles]
         n, mean, half_width = results[0]
         cells = " | ".join(difference(*result, usual=n) for result in results)
         lines.append(f"| {name} | {n} | {cells} | {verdict(mean, half_width, n)} |")
