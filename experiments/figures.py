@@ -22,7 +22,7 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 from runs import ROOT, load_run                                                # first: it finds the project's modules
 import probe
 from hssl import allowed_pairs
-from report import MEASURES, RESULTS
+from report import MEASURES, RESULTS, read
 
 BLUE, RED, GREY = "#1f5fa8", "#c2402a", "#777777"
 METHODS = {"h-ssl": BLUE, "a-ssl": RED}
@@ -146,7 +146,7 @@ def losses(args):
 
 def work(args):
     """accuracy by three measures against encoder passes and against time, from table work"""
-    runs, kinds, figure = results("work", args.budget), defaultdict(list), plt.figure(figsize=(12.5, 7))
+    runs, kinds, figure = results("work", args.budget), defaultdict(list), plt.figure(figsize=(13, 7))
     for r in runs:
         kinds[r["row"].split(",")[0]].append(r)
         passes = 2 if "--method a-ssl" in r["flags"] or "--augment 2" in r["flags"] else 1
@@ -154,16 +154,15 @@ def work(args):
         r["passes"], r["seconds"] = images * passes / 1000, images / r["images_per_second"]
     for k, (x, label) in enumerate(dict(passes="thousands of images through the encoder",
                                         seconds="seconds of training, on one core").items()):
-        for i, (title, key) in enumerate(list(MEASURES.items())[:3]):
-            read = lambda result: result[key]["10"][0] if key == "few_labels" else result[key]       # noqa: E731
+        for i, (title, place) in enumerate(list(MEASURES.items())[:3]):
             axes = figure.add_subplot(2, 3, 3 * k + i + 1, title=f"{title}, %", xlabel=label)
             for (kind, members), colour in zip(kinds.items(), COLOURS):
                 rows = dict.fromkeys(r["row"] for r in members)                # a length each
-                points = [[(r[x], read(r)) for r in members if r["row"] == row] for row in rows]
+                points = [[(r[x], read(r, place)) for r in members if r["row"] == row] for row in rows]
                 means = [[statistics.mean(values) for values in zip(*point)] for point in points]
                 deviations = [statistics.stdev(y for _, y in point) for point in points]
                 axes.errorbar(*zip(*means), deviations, color=colour, marker="o", capsize=3, label=kind)
-            axes.axhline(statistics.mean(read(r["frozen"]) for r in runs), color=GREY, linestyle="--", label="frozen")
+            axes.axhline(statistics.mean(read(r["frozen"], place) for r in kinds["h-ssl"]), color=GREY, label="frozen")
     figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=9)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     return figure

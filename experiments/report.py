@@ -1,6 +1,6 @@
 """Print the JSON files in experiments/results/ as Markdown tables.
 
-    python experiments/report.py [NAME ...] [--budget cpu] [--against ROW]
+    python experiments/report.py [NAME ...] [--budget cpu] [--against ROW] [--labels]
 
 Each cell is the mean ± standard deviation, over whole trainings, of the detached classifier's top-1 in percent. A row's
 command is `python train.py`, the flags above its table, its own flags, and `--seed` with each seed.
@@ -19,9 +19,19 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = ("frozen", "a-ssl", "h-ssl", "supervised")
-MEASURES = {"linear top-1": "top1", "neighbours": "neighbours", "10 labels a class": "few_labels",
-            "effective rank": "effective_rank"}                                # title -> key of probe.json
+MEASURES = {"linear top-1": ["top1"], "neighbours": ["neighbours"], "10 labels a class": ["few_labels", "10", 0],
+            "effective rank": ["effective_rank"]}                              # title -> its place in probe.json
+LABELS = {"1 label a class": ["few_labels", "1", 0], "100 labels a class": ["few_labels", "100", 0]}
 MARGIN = 0.5                    # points of top-1, fixed before the runs: encoders that differ by less are equivalent
+
+
+def read(result, place):
+    """What a nested result holds at a place; None if there is no such place."""
+    for key in place:
+        if isinstance(result, dict) and key not in result:
+            return None
+        result = result[key]
+    return result
 
 
 def cell(values):
@@ -128,16 +138,15 @@ def difference(n, mean, half_width, usual):
     return (signed(mean) + interval + f", n {n}" * (n != usual)) if n else "–"
 
 
-def measured(runs):
+def measured(runs, measures=MEASURES):
     """What runs hold of the measures: {(row, side, title): {seed: value}}, side 0 for their frozen encoder and 1 for
     their trained one; without frozen rows, which would be compared with themselves."""
     found = defaultdict(dict)
     for r in (r for r in runs if "seed" in r and "--method frozen" not in r["flags"]):
         for side, result in enumerate((dict(top1=r["frozen_top1"]) | r.get("frozen", {}), r)):
-            flat = result | dict(few_labels=result.get("few_labels", {}).get("10", [None])[0])     # a mean over draws
-            for title, key in MEASURES.items():
-                if flat.get(key) is not None:
-                    found[r["row"], side, title][r["seed"]] = flat[key]
+            for title, place in measures.items():
+                if (value := read(result, place)) is not None:
+                    found[r["row"], side, title][r["seed"]] = value
     return found
 
 
@@ -146,8 +155,7 @@ def by_measure(found, against=None):
     A-SSL, a row called "ROW, CHANGE" beside ROW, and all rows beside one that is named. Old files hold top-1 alone."""
     if not found:
         return []
-    rows, _, held = (dict.fromkeys(part) for part in zip(*found))              # each once, in order
-    titles = [title for title in MEASURES if title in held]
+    rows, _, titles = (list(dict.fromkeys(part)) for part in zip(*found))      # each once, in order
 
     def compare(a, b, title):
         return paired(found[(*a, title)], found[(*b, title)])
@@ -175,7 +183,7 @@ def by_measure(found, against=None):
     return lines
 
 
-def show(record, against=None):
+def show(record, against=None, measures=MEASURES):
     """Print the content of one JSON file as tables."""
     runs, name = record["runs"], record["name"]
     machine, torch, commit = (" or ".join(sorted({str(r[key]) for r in runs}))
@@ -183,7 +191,7 @@ def show(record, against=None):
     print(f"\n**{name}**, {record['budget']}: {machine}, torch {torch}, commit {commit}")
     table1 = name.removesuffix("-untied") in ("mnist", "cifar10", "tiny-imagenet")
     lines = (by_method if table1 else by_row)(runs)
-    print("\n".join(lines + by_measure(measured(runs), against)))
+    print("\n".join(lines + by_measure(measured(runs, measures), against)))
 
 
 def main():
@@ -191,11 +199,12 @@ def main():
     p.add_argument("name", nargs="*", help="which tables (default: all there are)")
     p.add_argument("--budget", default="cpu", help="whose results (default: %(default)s)")
     p.add_argument("--against", metavar="ROW", help="compare all rows with this one, too")
+    p.add_argument("--labels", action="store_true", help="show 1 and 100 labels a class, too")
     args = p.parse_args()
     for path in sorted(RESULTS.glob(f"*-{args.budget}.json")):
         record = json.loads(path.read_text())
         if not args.name or record["name"] in args.name:
-            show(record, args.against)
+            show(record, args.against, MEASURES | (LABELS if args.labels else {}))
 
 
 if __name__ == "__main__":

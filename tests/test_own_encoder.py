@@ -28,7 +28,7 @@ def test_resnet18_with_circular_padding(side, stride):
     group = Translation(side // stride, 1, stride, circular=True)
     assert f.stride == stride and len(group.elements) == (side // stride) ** 2
     x = torch.randn(4, 3, side, side)
-    errors = equivariance_error(f, group, x, group.elements[1:])
+    errors = equivariance_error(f, group, x[:1], group.elements[1:])
     assert errors.max() < 1e-10, errors
     g1, g2 = group.elements[torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])]
     (a, b), (u, v) = losses_and_gradients(f, group, x, g1, g2)
