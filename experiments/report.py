@@ -160,23 +160,24 @@ def by_measure(found, against=None):
     def compare(a, b, title):
         return paired(found[(*a, title)], found[(*b, title)])
 
+    accuracies = [title for title in titles if title != "effective rank"]
     lines = ["", *heading("frozen → trained", "n", *titles)]
     for row in rows:
         usual, cells = compare((row, 1), (row, 0), titles[0])[0], []
         for title in titles:
-            frozen, trained = (found[row, side, title].values() for side in (0, 1))
             gain = compare((row, 1), (row, 0), title)
-            cells.append(f"{statistics.mean(frozen):.2f} → {statistics.mean(trained):.2f}, {difference(*gain, usual)}"
-                         if gain[0] else "–")
+            frozen, trained = (statistics.mean(found[row, side, title].values() or [math.nan]) for side in (0, 1))
+            cells.append("–" if not gain[0] else f"{frozen:.2f} → {trained:.2f}, {difference(*gain, usual)}"
+                         if title in accuracies else f"{frozen:.0f} → {trained:.0f}")
         lines.append(f"| {row} | {usual} | {' | '.join(cells)} |")
 
     pairs = {f"{row} − {other}": (row, other) for row in rows
              if (other := row.replace("h-ssl", "a-ssl")) != row and other in rows}
     pairs |= {f"{row} − {base}": (row, base) for row in rows for base in (row.split(",")[0], against)
               if base in rows and base != row}
-    lines += ["", *heading("comparison", "n", f"{titles[0]} [95 % interval]", *titles[1:], "verdict")] if pairs else []
+    lines += ["", *heading("comparison", "n", *accuracies, "verdict")] if pairs else []
     for name, (a, b) in pairs.items():
-        results = [compare((a, 1), (b, 1), title) for title in titles]
+        results = [compare((a, 1), (b, 1), title) for title in accuracies]
         n, mean, half_width = results[0]
         cells = " | ".join(difference(*result, usual=n) for result in results)
         lines.append(f"| {name} | {n} | {cells} | {verdict(mean, half_width, n)} |")
