@@ -67,8 +67,8 @@ def untied(dataset, budget):
 
 
 def nuisances(budget):
-    """The group's own nuisance in every image: on the equivariant network, on an untied one that costs as much, and on
-    the plain one of translation, trained as SimCLR would."""
+    """The group's own nuisance in every image: on the equivariant network, on an untied one that costs as much, with
+    augmentations, and on the plain network of translation, trained as SimCLR would."""
     rows = {}
     for group in GROUPS:
         # Placed anywhere on 40x40 pixels, an image has a feature map of 10x10 positions.
@@ -79,6 +79,7 @@ def nuisances(budget):
         if group != "translation":
             rows |= {f"{group} {method}, untied": f"{base} --method {method} --structure none"
                      for method in ("h-ssl", "a-ssl")}
+        rows[f"{group} h-ssl, two augmented passes"] = f"{base} --method h-ssl --augment 2"
         rows[f"{group} a-ssl, plain and augmented"] = f"{plain} --method a-ssl"
     return rows
 
