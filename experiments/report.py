@@ -19,9 +19,10 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = ("frozen", "a-ssl", "h-ssl", "supervised")
-MEASURES = {"linear top-1": ["top1"], "neighbours": ["neighbours"], "10 labels a class": ["few_labels", "10", 0],
-            "effective rank": ["effective_rank"]}                              # title -> its place in probe.json
-LABELS = {"1 label a class": ["few_labels", "1", 0], "100 labels a class": ["few_labels", "100", 0]}
+WITH_LABELS = {"linear top-1": ["top1"], "neighbours": ["neighbours"], "1 label a class": ["few_labels", "1", 0],
+               "10 labels a class": ["few_labels", "10", 0], "100 labels a class": ["few_labels", "100", 0],
+               "effective rank": ["effective_rank"]}                           # title -> its place in probe.json
+MEASURES = {title: place for title, place in WITH_LABELS.items() if title[:3] not in ("1 l", "100")}
 MARGIN = 0.5                    # points of top-1, fixed before the runs: encoders that differ by less are equivalent
 
 
@@ -205,7 +206,7 @@ def main():
     for path in sorted(RESULTS.glob(f"*-{args.budget}.json")):
         record = json.loads(path.read_text())
         if not args.name or record["name"] in args.name:
-            show(record, args.against, MEASURES | (LABELS if args.labels else {}))
+            show(record, args.against, WITH_LABELS if args.labels else MEASURES)
 
 
 if __name__ == "__main__":
