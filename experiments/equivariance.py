@@ -67,6 +67,7 @@ def main():
         x = data.batch(data.test_images, torch.arange(args.images))
         before, after = ({layer: errors.mean().item() for layer, errors in layer_errors(o.encoder, group, x).items()}
                          for o in objectives)
+        settings = {key: settings[key] for key in settings if key not in ("out", "data_dir")}
         found[folder.name] = dict(before=before, after=after, settings=settings, torch=torch.__version__)
         print(f"\n{folder.name}\n\n| layer | before training | after |\n| --- | --- | --- |")
         for layer in before:
