@@ -7,7 +7,7 @@
     base-space, distance                        H-SSL's parameters beside A-SSL's crop size and displacement
     objectives                                  SimSiam and BYOL
     nuisances                                   MNIST turned, shrunk, or anywhere on a larger canvas
-    why, work, readouts, glyphs   what makes training learn or forget; only at budget cpu
+    why, work, readouts, glyphs                 what makes training learn or forget; only at budget cpu
 
     paper   the paper's configuration, for `--launcher "torchrun --nproc_per_node=8"`
     gpu     full width and all images, but fewer epochs and smaller batches: one GPU

@@ -46,7 +46,7 @@ def representations(objective, group, images):
         p = F.normalize(out(h), dim=2)
         projections.append(p)
         base = hidden(readout(group.base(z), objective.head.grid))
-        maps = torch.stack([readout(view, 2) for view in views]).mean(0)                             # (b, C G 2 2)
+        maps = torch.stack([readout(view, 2) for view in views]).mean(0)                             # (b, S·C·4)
         for name, part in (("2x2", readout(z, 2)), ("mean", readout(z, 1)), ("2x2, G", maps), ("hidden", base),
                            ("hidden, G", h.mean(0)), ("projection, G", p.mean(0))):
             parts[name].append(part)
