@@ -22,7 +22,8 @@ METHODS = ("frozen", "a-ssl", "h-ssl", "supervised")
 WITH_LABELS = {"linear top-1": ["top1"], "neighbours": ["neighbours"], "1 label a class": ["few_labels", "1", 0],
                "10 labels a class": ["few_labels", "10", 0], "100 labels a class": ["few_labels", "100", 0],
                "effective rank": ["effective_rank"]}                           # title -> its place in probe.json
-MEASURES = {title: WITH_LABELS[title] for title in ("linear top-1", "neighbours", "10 labels a class", "effective rank")}
+SHOWN = "linear top-1", "neighbours", "10 labels a class", "effective rank"     # without --labels
+MEASURES = {title: WITH_LABELS[title] for title in SHOWN}
 MARGIN = 0.5                    # points of top-1, fixed before the runs: encoders that differ by less are equivalent
 
 
