@@ -7,7 +7,7 @@
     base-space, distance                        H-SSL's parameters beside A-SSL's crop size and displacement
     objectives                                  SimSiam and BYOL
     nuisances                                   MNIST turned, shrunk, or anywhere on a larger canvas
-    why, work, readouts, glyphs                 what makes training learn or forget; only at budget cpu
+    why, work, long, readouts, glyphs           what makes training learn or forget; only at budget cpu
 
     paper   the paper's configuration, for `--launcher "torchrun --nproc_per_node=8"`
     gpu     full width and all images, but fewer epochs and smaller batches: one GPU
@@ -81,7 +81,9 @@ def nuisances(budget):
                      for method in ("h-ssl", "a-ssl")}
         rows[f"{group} h-ssl, two augmented passes"] = f"{base} --method h-ssl --augment 2"
         rows[f"{group} a-ssl, plain and augmented"] = f"{plain} --method a-ssl"
-    return rows
+    # As many images as the benchmark "rotated MNIST" has for training.
+    return rows | {f"rotation {method}, 12000 images": f"{rows[f'rotation {method}']} --train-images 12000"
+                   for method in ("h-ssl", "supervised")}
 
 
 def sweep(flag, held, budget):
@@ -109,8 +111,8 @@ TRIALS = {
         "h-ssl": f"{HELPS} h-ssl", "a-ssl": f"{HELPS} a-ssl",
         **{f"h-ssl, {name}": f"{HELPS} h-ssl {changed}" for name, changed in {
             "16 epochs": "--epochs 16", "24 epochs": "--epochs 24", "kernel 5": "--kernel-size 5",
-            "window 4": "--base-space 4", "window 6": "--base-space 6", "all positions": "--grid 0",
-            "temperature 0.1": "--temperature 0.1",
+            "widths 32 63 95": "--widths 32 63 95", "window 4": "--base-space 4", "window 6": "--base-space 6",
+            "all positions": "--grid 0", "temperature 0.1": "--temperature 0.1",
             "kernel 5, window 4, all positions, temperature 0.1": SMALL_WINDOWS,
             "4 views": "--views 4", "lr 3, trust coefficient 0.001": "--lr 3 --trust-coefficient 0.001",
             "augmented": "--augment 1", "augmented, two passes": "--augment 2",
@@ -124,6 +126,10 @@ TRIALS = {
         ("h-ssl on two augmented passes", "h-ssl --augment 2 --base-space 6", (2, 4, 8, 12)),
         ("h-ssl with small windows and τ 0.1", f"h-ssl {SMALL_WINDOWS}", (4, 8, 24)),
         ("supervised", "supervised", (8,))) for epochs in lengths},
+    # All images, and twelve times the encoder passes of the longest of these.
+    "long": {row: f"{HELPS} {flags} --train-images 60000 --eval-every {every}" for row, flags, every in (
+        ("h-ssl", "h-ssl --epochs 24", 6), ("a-ssl", "a-ssl --epochs 12", 3),
+        ("simclr", "a-ssl --augment 1 --base-space 7 --epochs 12", 3))},
     # Rotation's head on means of each map, beside the default, all positions, which is a row of table mnist.
     "readouts": {f"h-ssl, grid {grid}": f"{CPU['mnist', 'rotation']} --group rotation --method h-ssl --grid {grid}"
                  for grid in (2, 1)},
