@@ -9,6 +9,8 @@ looks at the runs of `tables.py TABLE` at budget cpu. Readouts of an image's fea
     2x2, G          2x2 means of every view that may be drawn, averaged: invariant where Eq. (1) holds
     hidden          the head's hidden layer on the base space
     hidden, G       the same on every view, averaged
+    2x2, T          the first, averaged over the images T_g x of the nuisance's group, one pass each; only for a network
+    hidden, T       that is not equivariant to the nuisance in the images, and the same of the hidden layer
     projection, G   the projections of these views, scaled to length 1, averaged
 
 Prints, for each run, mean over seeds, before → after training: linear top-1, neighbours, 10 labels a class (all in
@@ -26,16 +28,22 @@ import torch
 import torch.nn.functional as F
 
 from runs import load_run                                                      # first: it finds the project's modules
-from hssl import readout
+from hssl import Rotation, Scale, readout
 from probe import assess
 from report import RESULTS
 
+VIEWS = "alignment", "uniformity"                                              # what is said of projections
 KEPT = ("top1", "train_top1", "neighbours", "effective_rank", "few_labels")
 
 
+# Elements that T_g x is averaged over: quarter turns, and sizes 1/1.41 to 1.41, as the equivariant networks have them.
+TURNED = {"rotation": Rotation(4), "scale": Scale(3, 1.41)}
+
+
 @torch.no_grad()
-def representations(objective, group, images):
-    """All readouts of images (N, C, H, W), {name: (N, D)}; and projections of all views (M, N, D), of length 1."""
+def representations(objective, group, images, turned=None):
+    """All readouts of images (N, C, H, W), {name: (N, D)}; and projections of all views (M, N, D), of length 1. turned:
+    the group of the images' nuisance if it is not the network's."""
     parts, projections = defaultdict(list), []
     *layers, out = objective.head                                              # linear, (batch norm,) ReLU; linear
     hidden = torch.nn.Sequential(*layers)
@@ -50,6 +58,11 @@ def representations(objective, group, images):
         for name, part in (("2x2", readout(z, 2)), ("mean", readout(z, 1)), ("2x2, G", maps), ("hidden", base),
                            ("hidden, G", h.mean(0)), ("projection, G", p.mean(0))):
             parts[name].append(part)
+        if turned:
+            passes = [objective.encoder(turned.T(g.expand(len(x)), x)) for g in turned.elements]
+            for name, of in (("2x2, T", lambda z: readout(z, 2)),
+                             ("hidden, T", lambda z: hidden(readout(group.base(z), objective.head.grid)))):
+                parts[name].append(torch.stack([of(z) for z in passes]).mean(0))
     return {name: torch.cat(part) for name, part in parts.items()}, torch.cat(projections, 1)
 
 
@@ -62,17 +75,19 @@ def alignment_and_uniformity(projections):
 
 
 def look(folder, data_dir):
-    """{when: {readout: measures}} of one run, with alignment and uniformity under the readout "projections"."""
+    """{when: {readout: measures, ..., "alignment": number, "uniformity": number}} of one run."""
     settings, data, group, *objectives = load_run(folder, data_dir)
     train, test = (data.batch(images, torch.arange(len(images))) for images in (data.train_images, data.test_images))
+    turned = TURNED.get(settings["nuisance"]) if settings["nuisance"] != settings["group"] else None
     result = {}
     for when, objective in zip(("before", "after"), objectives):
-        x, (x_test, projections) = representations(objective, group, train)[0], representations(objective, group, test)
+        x, _ = representations(objective, group, train, turned)
+        x_test, projections = representations(objective, group, test, turned)
         found = {name: assess(x[name], data.train_labels, x_test[name], data.test_labels, data.classes,
                               seed=settings["seed"]) for name in x}
         result[when] = {name: {key: measured[key] for key in KEPT} for name, measured in found.items()}
-        alignment, uniformity = alignment_and_uniformity(projections[:, :2000])
-        result[when]["projections"] = dict(alignment=alignment, uniformity=uniformity)
+        if len(projections) > 1:                                               # whole maps have one view
+            result[when] |= zip(VIEWS, alignment_and_uniformity(projections[:, :2000]))
     return result
 
 
@@ -85,12 +100,12 @@ def show(found):
         (lambda r: r["effective_rank"])
     print("| run | readout | linear top-1 | neighbours | 10 labels a class | effective rank |\n" + "| --- " * 6 + "|")
     for row, runs in found.items():
-        for name in list(runs[0]["before"])[:-1]:
+        for name in (name for name in runs[0]["before"] if name not in VIEWS):
             print(f"| {row} | {name} | " + " | ".join(cell(runs, name, read) for read in columns) + " |")
     print("\n| run | alignment | uniformity |\n| --- | --- | --- |")
     for row, runs in found.items():
-        print(f"| {row} | " + " | ".join(cell(runs, "projections", lambda r, key=key: r[key])
-                                        for key in ("alignment", "uniformity")) + " |")
+        if VIEWS[0] in runs[0]["before"]:
+            print(f"| {row} | " + " | ".join(cell(runs, name, lambda value: value) for name in VIEWS) + " |")
 
 
 def main():

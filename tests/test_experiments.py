@@ -277,6 +277,17 @@ def test_averages_over_the_group_do_not_change_with_the_image_s_turn():
         assert found[name].shape == (6, {"2x2": 64, "mean": 16, "projection, G": 8}.get(name, 16)), name
     torch.testing.assert_close(q, p.roll(-1, 0))                               # T_h x seen from g is x seen from gh
     torch.testing.assert_close(found["projection, G"], p.mean(0))
+    # Four passes over turned images are one pass here, and make a network invariant that has no such structure.
+    plain = argparse.Namespace(encoder=MNISTBackbone("translation", 1, widths=[2, 3, 4]).eval(),
+                               head=train.ProjectionHead(4 * 49, 16, 8))
+    with torch.no_grad():
+        (found, _), (after, _) = (understand.representations(plain, Translation(7, 7, 4), a, Rotation(4))
+                                  for a in (x, turned))
+        lifted, _ = understand.representations(objective, Rotation(4), x, Rotation(4))
+    for name in ("2x2, T", "hidden, T"):
+        torch.testing.assert_close(found[name], after[name], atol=1e-5, rtol=0)
+        assert not torch.allclose(found[name[:-3]], after[name[:-3]], atol=1e-5)
+    torch.testing.assert_close(lifted["hidden, T"], lifted["hidden, G"], atol=1e-5, rtol=0)
 
 
 def test_alignment_and_uniformity_are_those_of_a_loop():
