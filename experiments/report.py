@@ -165,9 +165,9 @@ def by_measure(found, against=None):
     accuracies = [title for title in titles if title != "effective rank"]
     lines = ["", *heading("frozen → trained", "n", *titles)]
     for row in rows:
-        usual, cells = compare((row, 1), (row, 0), titles[0])[0], []
-        for title in titles:
-            gain = compare((row, 1), (row, 0), title)
+        gains, cells = [compare((row, 1), (row, 0), title) for title in titles], []
+        usual = gains[0][0]
+        for title, gain in zip(titles, gains):
             frozen, trained = (statistics.mean(found[row, side, title].values() or [math.nan]) for side in (0, 1))
             cells.append("–" if not gain[0] else f"{frozen:.2f} → {trained:.2f}, {difference(*gain, usual)}"
                          if title in accuracies else f"{frozen:.0f} → {trained:.0f}")
