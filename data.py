@@ -4,7 +4,7 @@ A whole data set stays in memory, where a batch is indexed, converted and normal
 
 Letters: N images of a split, B batch, C channels, H W space, P pairs (or larger sets) of views to choose from.
 """
-import fcntl
+import fcntl                                                                   # of Linux and macOS
 import hashlib
 import json
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps                          # Pillow 10.1 or later
 
 LAYOUTS = "train/CLASS/... with val/CLASS/... or test/CLASS/..., or images without classes"
 SHAPES = {"glyphs": (1, 28), "mnist": (1, 28), "cifar10": (3, 32), "tiny-imagenet": (3, 64)}         # C, H = W

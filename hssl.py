@@ -9,7 +9,7 @@ First the objectives and what they need, then the groups. Each group has
     elements            every g that may be drawn
     distance(g1, g2)    the topographic distance ‖g1⁻¹ g2‖
 
-where g is an integer tensor that holds one group element per image.
+where g is an integer tensor that holds one group element per image, on the images' device; elements are on the CPU.
 
 Letters: B batch, C channels, G length of the group axis, H W space, D numbers per projection, M elements that may be
 drawn, P pairs of them, V views, S base-space size along the group axis.
@@ -25,14 +25,14 @@ import torch.nn.functional as F
 def equivariance_error(f, group, x, elements=None, on_base=False):
     """How far Eq. (1) is from holding: ‖f(T_g x) - Γ_g f(x)‖ / ‖Γ_g f(x)‖ for each g, (M,).
 
-    0 up to rounding is exact equivariance, 1 an error as large as the features, and unrelated features give about √2.
-    f is any function of images (B, C, H, W) to features (B, C', G, H', W'). on_base compares on the base space alone,
-    clear of borders and axis ends.
+    0 up to rounding is exact; unrelated features whose mean is 0 give about √2. f is any function of images x (B, C,
+    H, W) to features (B, C', G, H', W'), in evaluation mode if it has batch norm; elements (M, ...) are some of the
+    group's (default: all). on_base compares on the base space alone, clear of borders and axis ends.
     """
     z, errors = f(x), []
     for g in group.elements if elements is None else elements:
         g = g.to(x.device).expand(len(x), *g.shape)
-        left, right = f(group.T(g, x)), group.Γ(g, z)                          # f(T_g x) = Γ_g f(x)         Eq. (1)
+        left, right = f(group.T(g, x)).double(), group.Γ(g, z).double()        # f(T_g x) = Γ_g f(x)         Eq. (1)
         if on_base:
             left, right = group.base(left), group.base(right)
         errors.append((left - right).norm() / right.norm())
@@ -45,7 +45,7 @@ def a_ssl_loss(f, h, I, group, x, g1, g2, *more):
     Args:
         f: the encoder, (B, C, H, W) -> (B, C', G, H', W'). All copies pass it as one batch, for batch norm to see.
         h, I: the head, a view -> (B, D), and the objective, projections (B, D) of all views -> its mean over the batch.
-        x: (B, C, H, W).
+        group, x: one of the groups below, and images (B, C, H, W).
         g1, g2, *more: what moves each view, one group element per image: (B, ...).
     """
     z1, z2, *others = f(torch.cat([group.T(g, x) for g in (g1, g2, *more)])).chunk(2 + len(more))
@@ -65,8 +65,8 @@ def h_ssl_loss(f, h, I, group, x, g1, g2, *more):
 
 
 def allowed_pairs(group, max_distance=None, equal=False):
-    """List the pairs of elements at most max_distance apart, without g1 = g2 unless equal (both views would be one):
-    (P, 2) indices into group.elements. Raises a ValueError if there are none."""
+    """List the pairs of elements at most max_distance apart; g1 = g2, which gives one view twice, only if equal: (P, 2)
+    indices into group.elements. Raises a ValueError if there are none."""
     distance = group.distance(group.elements[:, None], group.elements[None, :])                      # (M, M)
     allowed = (distance >= (0 if equal else 1)) & (distance <= (math.inf if max_distance is None else max_distance))
     if not allowed.any():
@@ -110,8 +110,7 @@ class Translation:
     Distance: the larger of the two coordinates' distances. Raises a ValueError if the window does not fit the map.
 
     Args:
-        side: H = W of the feature map.
-        window: side of the window, 1 to side; |G0| = window².
+        side, window: H = W of the feature map, and the side of the window, 1 to H; |G0| = window².
         stride: the encoder's, in pixels per position.
         circular: what leaves the map on one side enters on the other, as with circular padding; else zeros enter.
     """
@@ -129,20 +128,25 @@ class Translation:
         return crop(x, -g * self.stride, x.shape[-2:], self.stride * self.reach, self.circular)
 
     def Γ(self, g, z):
-        return on_maps(z, lambda maps: crop(maps, -g, z.shape[-2:], self.reach, self.circular))
+        return self._read(z, -g, self.side, self.reach)
 
     def base(self, z):
         kept = slice(self.corner, self.corner + self.window)
         return z[..., kept, kept]
 
     def view(self, g, z):                                                                 # (B, C, G, window, window)
-        return on_maps(z, lambda maps: crop(maps, self.corner - g, [self.window] * 2, circular=self.circular))
+        return self._read(z, self.corner - g, self.window)
 
     def distance(self, g1, g2):
         apart = (g1 - g2).abs()
         if self.circular:
             apart = torch.minimum(apart, self.side - apart)
         return apart.amax(-1)
+
+    def _read(self, z, corner, size, margin=0):
+        if z.shape[-2:] != (self.side, self.side):
+            raise ValueError(f"maps are {z.shape[-2]}x{z.shape[-1]}, but this group's are {self.side}x{self.side}")
+        return on_maps(z, lambda maps: crop(maps, corner, [size] * 2, margin, self.circular))
 
 
 # ------------------------------------------------------------------------------------------------------------ rotation
@@ -177,7 +181,8 @@ class Rotation:
     def _move(self, g, z, count):
         """The first count orientations of Γ_g z: (Γ_g z)(k, u) = z(k - g, u turned back)."""
         source = (torch.arange(count, device=z.device) - g[:, None]) % self.orientations             # (B, count)
-        return on_maps(along_group(z, source), lambda maps: rotate(maps, g, self.orientations, outside="border"))
+        turn = lambda maps: rotate(maps, g, self.orientations, outside="border")
+        return on_maps(along_group(z, source, self.orientations), turn)
 
 
 # --------------------------------------------------------------------------------------------------------------- scale
@@ -213,7 +218,7 @@ class Scale:
         """Scales first, first + 1, ... of Γ_g z: (Γ_g z)(s, u) = z(s - g, u / step**g); zero beyond the axis."""
         source = first + torch.arange(count, device=z.device) - g[:, None]                           # (B, count)
         exists = (source >= 0) & (source < self.scales)
-        moved = along_group(z, source.clamp(0, self.scales - 1)) * exists[:, None, :, None, None]
+        moved = along_group(z, source.clamp(0, self.scales - 1), self.scales) * exists[:, None, :, None, None]
         return on_maps(moved, lambda maps: zoom(maps, self.step ** g.double(), outside="border"))
 
 
@@ -238,10 +243,9 @@ class Crops:
 
 # ---------------------------------------------------------------------------------- extension: ordinary augmentation
 def augment(x, generator=None):
-    """T_a x for images x (B, C, H, W), a drawn for each: turned by up to 20 degrees, enlarged or shrunk by up to a
-    quarter, stretched, sheared, shifted by up to a thirteenth of the side, bent, and with noise. Background is 0.
-
-    With T_a x in the place of x all equations stay true: views move within it. generator: on x's device.
+    """T_a x for square, normalised images x (B, C, H, W), a drawn for each: turned by up to 20 degrees, enlarged or
+    shrunk by up to a quarter, stretched, sheared, shifted by up to a thirteenth of the side, bent, and with noise of up
+    to 0.3 standard deviations. Background is 0. generator: on x's device.
     """
     b, (height, width) = len(x), x.shape[-2:]
     normal = dict(generator=generator, device=x.device, dtype=x.dtype)
@@ -259,8 +263,8 @@ def augment(x, generator=None):
 def augmented(ssl_loss, passes=1, rank=0):
     """`a_ssl_loss` or `h_ssl_loss` with T_a x in the place of every x that the encoder sees.
 
-    With more passes the encoder sees each image that often, and I is given the views of all passes at once. What is
-    drawn depends on torch's random state on the CPU and on the process's rank: from the same state, the same is drawn.
+    H-SSL reads all views from one T_a x; A-SSL draws an a for each T_g x. With more passes the encoder sees each image
+    that often, and I is given all their views. Draws depend on torch's random state on the CPU and on the rank.
     """
     def loss(f, h, I, group, x, *g):
         def seen(x):
@@ -323,8 +327,7 @@ def zoom(x, factor, outside="zeros"):
 def warp(x, matrix, outside):
     """Resample maps (B, C, H, W): the value at u is that at matrix @ u, u measured from the centre; matrix (B, 2, 2).
 
-    outside: what lies beyond the map, "zeros" for images, whose background is 0, or "border" for features, where the
-    border shows what the encoder makes of an empty background.
+    outside: what lies beyond: "zeros" for images, "border" for features, where it shows what an empty background gives.
     """
     matrix = matrix.to(torch.promote_types(x.dtype, torch.float32))            # half precision would be too coarse
     row, column = (torch.arange(1 - n, n, 2, device=x.device, dtype=matrix.dtype) / n for n in x.shape[-2:])  # -1 to 1
@@ -332,8 +335,10 @@ def warp(x, matrix, outside):
     return F.grid_sample(x.to(grid.dtype), grid.movedim(1, -1), padding_mode=outside, align_corners=False).to(x.dtype)
 
 
-def along_group(z, source):
-    """Pick places on the group axis, for each image its own: z (B, C, G, H, W), source (B, S) -> (B, C, S, H, W)."""
+def along_group(z, source, length):
+    """Pick places on the group axis, G = length, for each image its own: z (B, C, G, H, W), source (B, S)."""
+    if z.shape[2] != length:
+        raise ValueError(f"features have {z.shape[2]} places on the group axis, but this group has {length}")
     row = torch.arange(len(z), device=z.device)[:, None] * z.shape[2] + source                       # into B·G
     picked = z.transpose(1, 2).flatten(0, 1).index_select(0, row.flatten())                          # (B·S, C, H, W)
     return picked.unflatten(0, source.shape).transpose(1, 2)

@@ -43,8 +43,8 @@ def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=N
     """Sample the basis functions for every orientation or scale: (K, G, k, k) in float64.
 
     Translation has SESN's samples. But a kernel cuts a function off, in other places for each orientation or scale. So
-    for these it holds what answers noise most like the whole function does: noise blurred by 1 pixel, in which values d
-    pixels apart correlate by exp(-d²/4), and a little white noise. One matrix fits all: steering stays linear. Each
+    for these it is the least-squares fit that responds to noise most like the whole function: to white noise blurred by
+    1 pixel, in which values d pixels apart correlate by exp(-d²/4), and a little that is not blurred. Each
     function is divided by its norm at the first of them (SESN: at the smallest scale). Raises a ValueError for an
     unknown group or sizes that make no basis.
 
@@ -93,14 +93,15 @@ def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=N
 
 # ------------------------------------------------------------------------------------------------- convolution layers
 class SteerableConv2d(nn.Module):
-    """What both layers below share: weights over the basis, the filters they make, padding and bias. A ValueError
-    refuses another extent or padding mode than these.
+    """What both layers below share: weights over the basis, the filters they make, padding and bias. The basis is not
+    in the state_dict: load weights into a layer with the same. Raises a ValueError for another extent or padding mode.
 
     Args:
         in_channels, out_channels: C and C'.
         basis: (K, G, k, k), from `steerable_basis`.
-        extent: E, how many neighbouring orientations or scales a filter of the group layer spans, 1 to G.
-        padding_mode: "zeros" or "circular"; the map keeps its size. bias: one number per channel, the same along G."""
+        extent: E, how many neighbouring orientations or scales a filter spans, 1 to G; the lifting layer has 1.
+        padding_mode: "zeros" or "circular" (k // 2 at most the map's side); the map keeps its size.
+        bias: one number per channel, the same along G."""
     def __init__(self, in_channels, out_channels, basis, extent=1, padding_mode="zeros", bias=True):
         super().__init__()
         if not 1 <= extent <= basis.shape[1]:
@@ -131,6 +132,9 @@ class SteerableConv2d(nn.Module):
 class LiftingConv2d(SteerableConv2d):
     """From an image to a function on the group, (B, C, H, W) -> (B, C', G, H, W): output g is the image seen by the
     filters turned (or widened) by g. Arguments: see `SteerableConv2d`."""
+    def __init__(self, in_channels, out_channels, basis, padding_mode="zeros", bias=True):
+        super().__init__(in_channels, out_channels, basis, 1, padding_mode, bias)
+
     def forward(self, x):
         return self.convolve(x, self.filters())
 
@@ -163,7 +167,7 @@ class PerElement(nn.Sequential):
     """Apply ordinary 2-D modules along the group axis, which joins the batch: (B, C, G, H, W) -> (B, C', G, H', W').
 
     So nn.BatchNorm2d, and nn.SyncBatchNorm in its place, takes its statistics per channel over (B, G, H, W), which no
-    movement along the group changes."""
+    turn of the features and no circular shift changes."""
     def forward(self, x):
         y = super().forward(x.transpose(1, 2).flatten(0, 1))                                       # (B·G, C', H', W')
         return y.unflatten(0, (-1, x.shape[2])).transpose(1, 2)

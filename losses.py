@@ -65,7 +65,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)       # others may hold what came in
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -114,8 +114,9 @@ def byol(p1, p2, target1, target2):
 def move_target(target, online, decay, step, total):
     """Let BYOL's target, a copy of the online module, follow it after a step, counted from 0, of total steps.
 
-    It becomes decay · target + (1 - decay) · online, the decay rising to 1 along a cosine (Grill et al., section 3),
-    but after the first step a copy.
+    Its parameters become decay · target + (1 - decay) · online, the decay rising to 1 along a cosine (Grill et al.,
+    section 3); after the first step they are a copy. Batch norm's statistics are left alone: keep the target in
+    training mode.
     """
     now = 1 - (1 - decay) * (math.cos(math.pi * step / total) + 1) / 2 if step else 0
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - now)

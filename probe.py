@@ -72,14 +72,14 @@ def effective_rank(x):
 
 
 def spread(x):
-    """The deviation of representations (N, D) of length 1 in a mean dimension, times √D: 0 where all are alike, a
-    collapse, up to 1 where they point everywhere alike (Chen and He, 2021, SimSiam)."""
+    """The standard deviation of each dimension of representations (N, D) scaled to length 1, averaged, times √D: 0
+    where all are alike, a collapse, up to 1 where they point everywhere alike (Chen and He, 2021, SimSiam)."""
     return F.normalize(x, dim=1).std(0, correction=0).mean().item() * x.shape[1] ** 0.5
 
 
 def neighbours(x, labels, queries, answers, classes, k=20, temperature=0.1):
     """Top-1 in percent of a vote of the k nearest neighbours, weighted by exp(s/τ), s their cosine similarity after
-    centring (as Wu et al., 2018). x (N, D) with labels (N,); queries (Q, D), right are answers (Q,)."""
+    centring (as Wu et al., 2018). x (N, D) with labels (N,); queries (Q, D) with labels answers (Q,)."""
     mean, hits = x.mean(0), 0
     x = F.normalize(x - mean, dim=1)
     for query, answer in zip(queries.split(1000), answers.split(1000)):
@@ -107,8 +107,8 @@ def few_labels(x, labels, x_test, test_labels, classes, seed=0):
     """Top-1 in percent of a linear classifier that is given few labels: 1, 10 and 100 a class, mean over 10 draws.
 
     Ridge regression to the one-hot labels, in closed form; of six penalties each draw takes the one that is best on the
-    last twentieth of x (N, D), which is not drawn from. Returns {"1": [mean, standard deviation], ...}, without what a
-    class has not.
+    last twentieth of x (N, D), which is not drawn from. Returns {"1": [mean, standard deviation], ...},
+    without the numbers that a class has too few images for.
     """
     generator, result, penalties = torch.Generator().manual_seed(seed), {}, [10.0**e for e in range(-1, 5)]
     queries = held_out(len(x))[1]
@@ -139,14 +139,14 @@ def standardise(x, *others):
 def softmax_regression(x, labels, classes, penalty, start=None, iterations=1000, tolerance=1e-4):
     """The linear classifier that minimises its mean cross-entropy on x (N, D) plus penalty/2 · ‖W‖², by L-BFGS.
 
-    start: weights (D + 1, K) to begin at; the last row are biases. The objective curves upwards by at least the penalty
-    everywhere, so the minimum is at most ‖∇‖²/(2 · penalty) lower. It ends once this bound, the gap, is within
-    the tolerance, in nats, or after so many iterations: with penalties below 1e-4 float32 may not get there. Returns
-    weights (D + 1, K) and the gap.
+    W (D + 1, K) are weights and, in the last row, biases; start is where to begin. The objective curves upwards by
+    at least the penalty everywhere, so the minimum is at most ‖∇‖²/(2 · penalty) lower. It ends once this bound, the
+    gap, is within the tolerance, in nats, or after so many iterations: with penalties below 1e-4 float32 may not get
+    there. Returns W and the gap.
     """
     weights = x.new_zeros(x.shape[1] + 1, classes) if start is None else start.clone()
-    optimizer = torch.optim.LBFGS([weights.requires_grad_()], max_iter=10, line_search_fn="strong_wolfe",
-                                  tolerance_grad=0, tolerance_change=0)
+    optimizer = torch.optim.LBFGS([weights.requires_grad_()], max_iter=min(10, iterations), tolerance_grad=0,
+                                  tolerance_change=0, line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()
@@ -181,8 +181,8 @@ def assess(x, labels, x_test, test_labels, classes, iterations=1000, seed=0):
         test_images, train_images, dimensions   M, N, D
 
     The classifier is one linear layer on x, standardised by its mean and deviation. For each of eight L2 penalties it
-    is trained to the end; the one with the least cross-entropy on the last twentieth of x (at most 2,000), of which it
-    was not told, is taken, and trained again on all of x. The paper states none of this.
+    is trained to the end; the one with the least cross-entropy on the last twentieth of x (at most 2,000), which it
+    was not trained on, is taken, and trained again on all of x. The paper states none of this.
     """
     queries = held_out(len(x))[1]
     result = dict(top1=None, test_images=len(x_test), train_images=len(x), train_top1=None, dimensions=x.shape[1])
@@ -222,8 +222,8 @@ def probe(encoder, data, grid=2, iterations=1000, amp="off", seed=0):
 
 
 def take_statistics(encoder, data, amp="off"):
-    """Let batch norm see the training images once: exact statistics, alike for trained and frozen encoders. Several
-    processes share them, and then have the same statistics."""
+    """Let batch norm see all training images once, for trained and frozen encoders alike: its statistics become means
+    over chunks of at most 1,000 images. Several processes share the chunks, and end with the same."""
     index = torch.arange(len(data.train_images), device=data.train_images.device)
     chunks = index.tensor_split(math.ceil(len(index) / 1000))                  # no chunk of one image
     rank, world = processes()
@@ -335,6 +335,8 @@ def main(args):
     encoder.to(device)
     if device != s["device"]:
         s = s | dict(amp="off")                                                # that was chosen for another device
+    if s["amp"] == "off":
+        torch.backends.fp32_precision = "ieee"                                 # as in training
     take_statistics(encoder, data, s["amp"])                                   # those of training are only running ones
     if args.features:
         return print(json.dumps(write_features(args.features, s, encoder, data, args.dtype)))

@@ -4,8 +4,6 @@
     checkpoint.pt    all that --resume and probe.py need: states, settings, position
     log.jsonl        a line per logged step
     probe.json       what the detached classifier found
-
-Letters: C channels, H W space.
 """
 import argparse
 import contextlib
@@ -41,8 +39,10 @@ def build(settings, channels, side):
         encoder = ResNet18Backbone(side, channels, s.padding)
         return encoder, shifts(side // encoder.stride, s.base_space, encoder.stride)
     network = {"mnist": MNISTBackbone, "residual": ResidualBackbone}[s.backbone]
-    if s.kernel_size > side:
-        raise ValueError(f"--kernel-size {s.kernel_size} is larger than the {side}x{side} images")
+    widest = 2 * (side // network.stride) + 1 if s.padding == "circular" else side          # or it wraps around twice
+    if s.kernel_size > widest:
+        raise ValueError(f"--kernel-size {s.kernel_size} must be at most {widest} for images of {side}x{side} pixels "
+                         f"and --padding {s.padding}")
     if side % network.stride:
         raise ValueError(f"images are {side}x{side}, but the encoder needs a side divisible by {network.stride}")
     options = dict(in_channels=channels, kernel_size=s.kernel_size, effective_size=s.effective_size, sigma=s.sigma,

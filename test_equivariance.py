@@ -195,6 +195,8 @@ def test_equivariance_error_by_hand(on_base):
     torch.testing.assert_close(errors, torch.stack(expected))
     assert errors[0] == 0 and errors[1:].min() > 0.1 and not errors.requires_grad
     assert equivariance_error(f, group, x, group.elements[[3, 1]], on_base).tolist() == errors[[3, 1]].tolist()
+    half = equivariance_error(lambda x: (1000 * f(x)).half(), group, x, on_base=on_base)     # squares beyond float16
+    torch.testing.assert_close(half, errors, rtol=1e-2, atol=1e-12)
 
 
 # -------------------------------------------------------------------------------------------------- approximate groups

@@ -181,7 +181,7 @@ def make_objective(args, encoder, group, data, total=1):
     others["target"] = target = copy.deepcopy(online).requires_grad_(False)
 
     def byol_loss(f, h, x, *g):
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=()):               # with --augment both draw the same T_a
             t1, t2 = ssl_loss(*target, lambda *views: views, group, x, *g)                    # (b, D) each
         return ssl_loss(f, h, lambda h1, h2: byol(q(h1), q(h2), t1, t2), group, x, *g)
     return Objective(encoder, head, byol_loss, others,
@@ -244,7 +244,7 @@ def prepare(args, rank, local_rank, world, device, together):
         raise ValueError(f"--grid and --probe-grid must be at most {side // encoder.stride}, the feature map's side")
     steps = max(1, len(data.train_images) // args.batch_size)                  # a last, incomplete batch is left out
     objective = make_objective(args, encoder, group, data, args.epochs * steps).to(device)
-    equal = args.method == "a-ssl" and args.augment                            # then T_a alone makes views differ
+    equal = args.augment if args.method == "a-ssl" else args.method != "h-ssl"       # T_a alone may make views differ
     pairs = allowed_pairs(group, args.max_distance, equal) if args.views == 2 else drawn_sets(group, args.views)
 
     checkpoint = [run.find_checkpoint(vars(args)) if rank == 0 else None]

@@ -71,6 +71,15 @@ def test_passes_and_processes_draw_their_own(monkeypatch):
     assert len(seen[0]) == 6 and not torch.allclose(seen[0][:3], seen[0][3:], atol=0.1)
 
 
+def test_byol_s_target_sees_the_image_that_the_online_network_sees(few_glyphs, tmp_path, monkeypatch):
+    """The same T_a x within a step, another one in the next."""
+    seen, augment = [], hssl.augment
+    monkeypatch.setattr(hssl, "augment", lambda *given: seen.append(augment(*given)) or seen[-1])
+    train_here(tmp_path, "--augment", "1", "--objective", "byol")
+    assert len(seen) == 12 and all(torch.equal(*pair) for pair in zip(seen[::2], seen[1::2]))
+    assert not torch.equal(seen[0], seen[2])
+
+
 def test_half_precision_does_not_move_pixels():
     seen, x, g = [], blob(3), torch.zeros(3, dtype=torch.long)
     for enabled in (False, True):

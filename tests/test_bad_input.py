@@ -44,6 +44,7 @@ FLAGS = {
     "--nuisance translation --group translation --base-space 11": "1 to 10",
     "--lr nan": "above 0", "--temperature 0": "above 0", "--temperature -1": "above 0", "--momentum 1": "below 1",
     "--seed -1": "at least 0", "--seed 9223372036854775808": "below 2**63",
+    "--padding circular --kernel-size 17": "at most 15 for",
     "--widths 4 8": "3 positive", "--widths 0 8 16": "at least 1", "--widths 99999 99999 99999": "not enough memory",
     "--kernel-size 4": "odd", "--kernel-size 29": "28x28",
     "--sigma 1e-300": "vanishes", "--sigma 1e300": "floating point", "--scale-step 1": "above 1",
@@ -228,10 +229,7 @@ if not torch.cuda.is_available():
     FLAGS["--device cuda"] = "CUDA GPU"
     RUNS["probe on a GPU that is not there"] = ("probe.py RUN --device cuda", lambda run: None, "CUDA GPU")
 
-COMMAND_LINES = {
-    "--epoch 3", "--widths 99999 99999 99999", "Tiny ImageNet with a cut cache", "disk full at a save",
-    "malicious checkpoint", "batch of 64 for 3 processes", "probe without a run", "probe of a malicious checkpoint",
-    "probe with a full disk"}
+COMMAND_LINES = {"--epoch 3", "disk full at a save", "probe without a run", "probe of a malicious checkpoint"}
 glyphs_once = functools.cache(datasets.glyphs)
 
 

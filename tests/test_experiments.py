@@ -1,5 +1,6 @@
 """experiments/: train.py takes every run that is listed, finished runs are kept, layers' errors are measured right."""
 import argparse
+import functools
 import json
 import re
 import shlex
@@ -302,6 +303,7 @@ def test_what_encoder_and_head_know(tmp_path, monkeypatch, capsys, few_glyphs):
     """understand.py on a table's finished run: a line for each readout, of the encoder as it was and as it is."""
     train_here(tmp_path / "why-cpu-h-ssl-0")
     (tmp_path / "why-cpu-h-ssl-0" / "run.json").write_text(json.dumps(dict(method="h-ssl", seed=0, commit="c")))
+    monkeypatch.setattr(understand, "assess", functools.partial(probe.assess, iterations=9))        # as the run did
     monkeypatch.setattr(sys, "argv", ["understand.py", "why", "--runs", str(tmp_path), "--results", str(tmp_path)])
     understand.main()
     (found,) = json.loads((tmp_path / "understand_why.json").read_text())["h-ssl"]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import in_processes
-from losses import Predictor, byol, multi_view_nt_xent, nt_xent, simsiam
+from losses import AllGather, Predictor, byol, multi_view_nt_xent, nt_xent, simsiam
 
 
 def by_the_formula(views, temperature):
@@ -130,6 +130,9 @@ def one_of_several(rank, world, folder):
         mean_loss = loss.detach().clone()
         dist.all_reduce(mean_loss)
         found[count] = mean_loss / world, [p.grad.clone() for p in model.parameters()]
+    h, other = torch.ones(2, 3, requires_grad=True), torch.ones(2 * world, 3, requires_grad=True)
+    (2 * (AllGather.apply(h) + other)).sum().backward()                        # both are sent the same gradient
+    found["gathered"] = h.grad, other.grad
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -149,3 +152,5 @@ def test_spread_over_processes(world, tmp_path):
             assert mean_loss.item() == pytest.approx(loss.item(), rel=1e-12)
             for p, gradient in zip(model.parameters(), gradients, strict=True):
                 assert (p.grad - gradient).norm() < 1e-12 * whole
+    gathered, other = torch.load(tmp_path / "0.pt", weights_only=True)["gathered"]
+    assert (gathered == 2 * world).all() and (other == 2).all()                # the sum is not put into what came in

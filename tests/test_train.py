@@ -46,7 +46,8 @@ def test_train_then_probe(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", (
-    "--method a-ssl --group scale", "--method supervised", "--method frozen", "--group translation --amp bfloat16",
+    "--method a-ssl --group scale", "--method supervised --group-size 1", "--method frozen",
+    "--group translation --amp bfloat16",
     "--group-size 8 --extent 2 --padding circular",
     "--backbone residual --widths 2 3 4 5 --depth 10 --grid 4 --checkpoint-activations",
     "--objective simsiam", "--objective byol --method a-ssl", "--views 4",
@@ -157,6 +158,13 @@ def test_amp_off_means_float32(amp, precision, monkeypatch):
     monkeypatch.setattr(torch.backends, "fp32_precision", "none")
     train.join_processes(train.parse(["--device", "cpu", "--amp", amp]))
     assert torch.backends.fp32_precision == precision
+
+
+def test_the_probe_of_a_float32_run_is_in_float32(few_glyphs, tmp_path, monkeypatch):
+    train_here(tmp_path)
+    monkeypatch.setattr(torch.backends, "fp32_precision", "none")
+    probe.main(probe.parse([str(tmp_path), "--device", "cpu"]))
+    assert torch.backends.fp32_precision == "ieee"
 
 
 def test_byol_resumes_exactly(few_glyphs, tmp_path, monkeypatch):
