@@ -240,7 +240,7 @@ class ResidualBlock(nn.Module):
 
 
 class CheckpointedBlock(ResidualBlock):
-    """The same block for less memory: only its input is kept, and the backward pass computes the rest once more."""
+    """The same block, using less memory: only its input is kept, and the backward pass computes the rest again."""
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False,
                           context_fn=lambda: (contextlib.nullcontext(), statistics_kept(self)))

@@ -1,6 +1,6 @@
 """Train an encoder by homomorphic self-supervised learning (H-SSL), or by one of the methods it is compared with.
 
-    python train.py                                                     glyphs on a laptop's CPU, a minute
+    python train.py                                                     glyphs on a laptop's CPU, 1 to 2 minutes
     torchrun --nproc_per_node=8 train.py --dataset mnist                the paper's configuration
     python train.py --dataset mnist --help                              every setting, with its default for MNIST
 
