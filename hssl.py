@@ -3,7 +3,7 @@
 First the objectives and what they need, then the groups. Each group has
 
     T(g, x)             T_g on images (B, C, H, W), background 0; exact for shifts and quarter turns, else bilinear
-    Γ(g, z)             Γ_g on features (B, C, G, H, W): (Γ_g z)(g0) = z(g⁻¹ g0)
+    Γ(g, z)             Γ_g on features (B, C, G, H, W): (Γ_g z)(g0) = z(g⁻¹ g0); a ValueError if they do not fit
     base(z)             the fibers over the base space G0, which are all that h sees
     view(g, z)          base(Γ(g, z)), reading no more than it needs
     elements            every g that may be drawn

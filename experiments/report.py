@@ -186,6 +186,17 @@ def by_measure(found, against=None):
     return lines
 
 
+def by_epoch(runs):
+    """What --eval-every saw on training images: a line per row, seed and look, after the frozen encoder's."""
+    names, lines = ("linear", "neighbours", "effective_rank"), []
+    for r in (r for r in runs if r.get("looks")):
+        first, place = r["looks"][0], f"| {r['row']} | {r['seed']} |"
+        lines.append(f"{place} frozen | " + " | ".join(str(first[f"frozen_{name}"]) for name in names) + " |")
+        lines += [f"{place} {look['epoch']} | " + " | ".join(str(look[name]) for name in names) + " |"
+                  for look in r["looks"]]
+    return ["", *heading("run", "seed", "epoch", *names), *lines] if lines else []
+
+
 def show(record, against=None, measures=MEASURES):
     """Print the content of one JSON file as tables."""
     runs, name = record["runs"], record["name"]
@@ -194,7 +205,7 @@ def show(record, against=None, measures=MEASURES):
     print(f"\n**{name}**, {record['budget']}: {machine}, torch {torch}, commit {commit}")
     table1 = name.removesuffix("-untied") in ("mnist", "cifar10", "tiny-imagenet")
     lines = (by_method if table1 else by_row)(runs)
-    print("\n".join(lines + by_measure(measured(runs, measures), against)))
+    print("\n".join(lines + by_measure(measured(runs, measures), against) + by_epoch(runs)))
 
 
 def main():

@@ -2,7 +2,7 @@
 
 A row has a name and flags of train.py. Finished runs are kept and not trained again; interrupted ones continue from
 their checkpoint. results/NAME-BUDGET.json holds each run's flags, seed, commit, machine, torch version, wall time, loss
-curve and probe.json.
+curve, looks of --eval-every and probe.json.
 """
 import copy
 import itertools
@@ -63,7 +63,8 @@ def train_row(flags, seed, out, args):
         result = json.loads((out / "probe.json").read_text())
         record = dict(flags=flags, seed=seed, commit=commit(), machine=machine(), torch=torch.__version__,
                       seconds=seconds, images_per_second=speed,
-                      losses=[[line["step"], round(line["loss"], 4)] for line in log], **result)
+                      losses=[[line["step"], round(line["loss"], 4)] for line in log],
+                      looks=[line for line in log if "effective_rank" in line], **result)
         path.write_text(json.dumps(record) + "\n")
         print(f"{out.name}: frozen {result['frozen_top1']:.2f} %, trained {result['top1']:.2f} %, {seconds:.0f} s",
               file=sys.stderr, flush=True)

@@ -75,14 +75,15 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch, capsys, few_glyphs):
 
     def call(extra):
         tables.main(tables.parse(["glyphs", "--seeds", "0", "--jobs", "2", "--runs", str(tmp_path / "runs"),
-                                  "--results", str(tmp_path), "--extra", extra]))
+                                  "--results", str(tmp_path), "--extra", f"{extra} --eval-every 1"]))
         return capsys.readouterr()
 
     first = call(SMALL)
     assert first.err.startswith("glyphs-cpu-h-ssl--small-0: frozen ") and "| h-ssl, small | " in first.out
     (found,) = json.loads((tmp_path / "glyphs-cpu.json").read_text())["runs"]
-    assert {"commit", "machine", "torch", "seconds", "top1", "frozen_top1"} <= found.keys()
-    assert (found["row"], found["flags"], found["seed"]) == ("h-ssl, small", f"--device cpu {SMALL}", 0)
+    assert {"commit", "machine", "torch", "seconds", "top1", "frozen_top1"} <= found.keys() and len(found["looks"]) == 1
+    flags = f"--device cpu {SMALL} --eval-every 1"
+    assert (found["row"], found["flags"], found["seed"]) == ("h-ssl, small", flags, 0)
     assert [step for step, loss in found["losses"]] == [2]
 
     monkeypatch.setattr(subprocess, "run", None)                               # nothing may be started from here on

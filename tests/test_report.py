@@ -105,6 +105,14 @@ def test_a_changed_row_is_compared_with_the_plain_one_and_with_one_that_is_named
         "| h-ssl, longer − h-ssl | 1 | +2.00 | open |", "| h-ssl, longer − simclr | 1 | +0.50 | open |"]
 
 
+def test_looks_in_training_are_printed_after_the_frozen_encoder_s():
+    looks = [dict(epoch=e, linear=90.0 + e, neighbours=80.0, effective_rank=9.5, frozen_linear=89.0,
+                  frozen_neighbours=79.0, frozen_effective_rank=12.0) for e in (2, 4)]
+    lines = report.by_epoch([dict(row="h-ssl", seed=3, looks=looks), dict(row="a-ssl", seed=0)])
+    assert lines[3:] == ["| h-ssl | 3 | frozen | 89.0 | 79.0 | 12.0 |", "| h-ssl | 3 | 2 | 92.0 | 80.0 | 9.5 |",
+                         "| h-ssl | 3 | 4 | 94.0 | 80.0 | 9.5 |"]
+
+
 def test_a_file_whose_runs_hold_the_measures_in_part(capsys):
     """A column is there if one run holds it; what is missing is a dash, and a cell with fewer seeds says so."""
     full = dict(neighbours=81.0, frozen=dict(neighbours=80.0))
