@@ -11,7 +11,7 @@
 
     paper   the paper's configuration, for `--launcher "torchrun --nproc_per_node=8"`
     gpu     full width and all images, but fewer epochs and smaller batches: one GPU
-    cpu     small widths and part of the images: minutes per run on one core
+    cpu     small widths and part of MNIST's images: minutes per run on one core (the other data sets need more)
 
 Writes experiments/results/NAME-BUDGET.json and prints it as a table. Started again, it continues where it stopped.
 """
@@ -30,18 +30,10 @@ GROUPS = ("translation", "rotation", "scale")
 # At budget cpu the total width, channels times group size, is about the same for every group, so that all cost alike.
 MNIST = ("--dataset mnist --device cpu --train-images 5000 --batch-size 256 --epochs 8 --warmup-epochs 1 "
          "--trust-coefficient 0.03")
-RESIDUAL = ("--device cpu --batch-size 256 --warmup-epochs 1 --depth 10 --widths 8 16 32 64 "
-            "--trust-coefficient 0.01")
-CIFAR10 = f"--dataset cifar10 --train-images 5000 {RESIDUAL}"
-TINY = f"--dataset tiny-imagenet --train-images 16000 {RESIDUAL}"
 CPU = {
-    ("mnist", "translation"): f"{MNIST} --widths 16 32 64 --kernel-size 3 --base-space 5 --grid 2 --temperature 0.5",
-    ("mnist", "rotation"): f"{MNIST} --widths 4 8 16 --kernel-size 7 --temperature 1",
-    ("mnist", "scale"): f"{MNIST} --widths 4 8 16 --kernel-size 7 --temperature 1",
-    ("cifar10", "translation"): f"{CIFAR10} --epochs 8 --kernel-size 5 --grid 1",
-    ("cifar10", "rotation"): f"{CIFAR10} --epochs 6 --kernel-size 5 --extent 1 --grid 0",
-    ("cifar10", "scale"): f"{CIFAR10} --epochs 6 --kernel-size 7 --grid 1",
-    ("tiny-imagenet", "translation"): f"{TINY} --epochs 3 --kernel-size 5 --grid 1",
+    "translation": f"{MNIST} --widths 16 32 64 --kernel-size 3 --base-space 5 --grid 2 --temperature 0.5",
+    "rotation": f"{MNIST} --widths 4 8 16 --kernel-size 7 --temperature 1",
+    "scale": f"{MNIST} --widths 4 8 16 --kernel-size 7 --temperature 1",
 }
 GPU = {"mnist": "--epochs 50 --warmup-epochs 5 --batch-size 1024", "cifar10": "--epochs 100 --batch-size 512",
        "tiny-imagenet": "--epochs 100 --batch-size 256"}
@@ -50,7 +42,7 @@ GPU = {"mnist": "--epochs 50 --warmup-epochs 5 --batch-size 1024", "cifar10": "-
 def setting(dataset, group, budget):
     """The flags that all runs on a data set and group share; None if there are none at this budget."""
     if budget == "cpu":
-        return f"{CPU[dataset, group]} --group {group}" if (dataset, group) in CPU else None
+        return f"{CPU[group]} --group {group}" if dataset == "mnist" else None
     return f"--dataset {dataset} --group {group}" + (f" {GPU[dataset]}" if budget == "gpu" else "")
 
 
@@ -103,7 +95,7 @@ def objectives(budget):
 
 # -------------------------------------------------------------------------------------------------------------- trials
 # Why training helps or harms: from the setting of Table 1, one change at a time. The last of two equal flags counts.
-HELPS = f"{CPU['mnist', 'translation']} --group translation --method"
+HELPS = f"{CPU['translation']} --group translation --method"
 SMALL_WINDOWS = "--kernel-size 5 --base-space 4 --grid 0 --temperature 0.1"
 
 TRIALS = {
@@ -131,7 +123,7 @@ TRIALS = {
         ("h-ssl", "h-ssl --epochs 24", 6), ("a-ssl", "a-ssl --epochs 12", 3),
         ("simclr", "a-ssl --augment 1 --base-space 7 --epochs 12", 3))},
     # Rotation's head on means of each map, beside the default, all positions, which is a row of table mnist.
-    "readouts": {f"h-ssl, grid {grid}": f"{CPU['mnist', 'rotation']} --group rotation --method h-ssl --grid {grid}"
+    "readouts": {f"h-ssl, grid {grid}": f"{CPU['rotation']} --group rotation --method h-ssl --grid {grid}"
                  for grid in (2, 1)},
     # Data with rotation in them. A network without structure has 4 times the weights at the same widths and cost.
     "glyphs": {f"{method}{name}": f"--device cpu --method {method} {flags}".strip()
@@ -166,7 +158,8 @@ def parse(argv=None):
     args = p.parse_args(argv)
     args.rows = TABLES[args.name](args.budget)
     if not args.rows:
-        p.error(f"{args.name} has no settings for --budget {args.budget}")
+        others = " and ".join(budget for budget in BUDGETS if TABLES[args.name](budget))
+        p.error(f"{args.name} has no settings for --budget {args.budget}, only for {others}")
     return args
 
 
