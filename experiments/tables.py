@@ -89,8 +89,9 @@ def sweep(flag, held, budget):
 
 def objectives(budget):
     base = f"{setting('mnist', 'translation', budget)} --objective"
-    return {f"{objective} {method}": f"{base} {objective} --method {method}"
+    rows = {f"{objective} {method}": f"{base} {objective} --method {method}"
             for objective in ("simsiam", "byol") for method in ("a-ssl", "h-ssl")}
+    return rows | {"byol a-ssl, augmented, whole map": f"{rows['byol a-ssl']} --augment 1 --base-space 7"}
 
 
 # -------------------------------------------------------------------------------------------------------------- trials
