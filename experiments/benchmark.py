@@ -300,12 +300,14 @@ PARTS = dict(zip("abcdefghij", (steps, convolutions, optimizers, losses, inputs,
 
 def main():
     about = "\n".join(f"    ({letter}) {part.__doc__}" for letter, part in PARTS.items())
-    p = argparse.ArgumentParser(description=__doc__ + about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = run.Parser(description=__doc__ + about, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--parts", default="".join(PARTS), help="letters of the parts to run (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=7, help="that medians are taken over (default: %(default)s)")
+    p.add_argument("--rounds", type=run.number(int, 1), default=7, help="that medians are of (default: %(default)s)")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is a GPU)")
     args = p.parse_args()
+    if set(args.parts) - PARTS.keys():
+        p.error(f"--parts {args.parts} must be letters of {''.join(PARTS)}")
     args.device = run.choose_device(args.device)
     torch.set_num_threads(args.threads)
     where = f"{machine()}, {args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()

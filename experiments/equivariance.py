@@ -13,16 +13,24 @@ from pathlib import Path
 
 import torch
 
-from runs import load_run                                                      # first: it finds the project's modules
+from runs import load_run, run                                                 # first: it finds the project's modules
 from hssl import Crops, Translation, equivariance_error
 from layers import Untied
 from report import RESULTS
 
 
+def elements_of(group):
+    """The group's elements but the identity; shifts by one position if there are no others, as with whole maps."""
+    elements = [g for g in group.elements if g.any()]
+    if not elements and not isinstance(group, (Translation, Crops)):
+        run.stop("the group has one element, the identity, so nothing moves: take a smaller base space")
+    return torch.stack(elements) if elements else torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]])
+
+
 def on_layer(group, image_side, layer_side):
     """The group as it moves a layer's map, and its elements but the identity. Shifts are counted in positions, of which
     an earlier layer has more: there a shift of the same pixels has a larger g."""
-    elements = torch.stack([g for g in group.elements if g.any()])
+    elements = elements_of(group)
     if isinstance(group, (Translation, Crops)):
         shifts, stride = getattr(group, "shifts", group), image_side // layer_side
         # window=1 allows the largest shifts
@@ -55,16 +63,16 @@ def layer_errors(encoder, group, x):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = run.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", nargs="+", help="folders of runs, the --out of train.py")
-    p.add_argument("--images", type=int, default=200, help="test images to measure on (default: %(default)s)")
+    p.add_argument("--images", type=run.number(int, 1), default=200, help="test images, at most (default: %(default)s)")
     p.add_argument("--data-dir", help="folder of the data sets (default: the run's own)")
     p.add_argument("--results", default=str(RESULTS), help="folder of the JSON file (default: experiments/results)")
     args = p.parse_args()
     found = {}
     for folder in map(Path, args.run):
         settings, data, group, *objectives = load_run(folder, args.data_dir)
-        x = data.batch(data.test_images, torch.arange(args.images))
+        x = data.batch(data.test_images, torch.arange(min(args.images, len(data.test_images))))
         before, after = ({layer: errors.mean().item() for layer, errors in layer_errors(o.encoder, group, x).items()}
                          for o in objectives)
         settings = {key: settings[key] for key in settings if key not in ("out", "data_dir")}

@@ -31,7 +31,10 @@ COLOURS = BLUE, RED, "#2e8b57", "#b8860b", "#7b3fa0", "black"
 
 def results(name, budget):
     """The runs in a JSON file of tables.py."""
-    return json.loads((RESULTS / f"{name}-{budget}.json").read_text())["runs"]
+    path = RESULTS / f"{name}-{budget}.json"
+    if not path.exists():
+        raise SystemExit(f"figures.py: {path} is missing: tables.py {name} --budget {budget} writes it")
+    return json.loads(path.read_text())["runs"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- idea
@@ -52,8 +55,7 @@ def picture(figure, left, bottom, size, values, title="", edge=None, fontsize=10
     axes.imshow(values, **dict(cmap="gray") | options)
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=fontsize, pad=3)
-    for spine in axes.spines.values():
-        spine.set(color=edge or "black", linewidth=2.5 if edge else 0.8)
+    plt.setp(list(axes.spines.values()), color=edge or "black", linewidth=2.5 if edge else 0.8)
     return axes
 
 
@@ -120,10 +122,8 @@ def sweeps(args):
                           label=f"{method.upper()}, mean ± std of {len(top1[0])} trainings")
         frozen = statistics.mean(r["frozen_top1"] for r in runs if r["row"] == f"h-ssl {points[0]}")
         axes.axhline(frozen, color=GREY, linestyle="--", label="frozen encoder")
-        axes.set_xlabel(label, fontsize=8.5)
-        axes.set_xticks(points)
-    panels[0].set_ylabel("top-1 on MNIST's test images, %")
-    panels[0].legend(fontsize=8)
+        axes.set_xlabel(label, fontsize=8.5), axes.set_xticks(points)
+    panels[0].set_ylabel("top-1 on MNIST's test images, %"), panels[0].legend(fontsize=8)
     figure.tight_layout()
     return figure
 
@@ -138,8 +138,7 @@ def losses(args):
                 axes.plot(*zip(*r["losses"]), "-" if method == "h-ssl" else "--", color=colour, linewidth=1.2,
                           label=None if k else method.upper())
         axes.set(title=group, xlabel="step")
-    panels[0].set_ylabel("NT-Xent, nats")
-    panels[0].legend()
+    panels[0].set_ylabel("NT-Xent, nats"), panels[0].legend()
     figure.tight_layout()
     return figure
 
@@ -150,7 +149,7 @@ def work(args):
     for r in runs:
         kinds[r["row"].split(",")[0]].append(r)
         passes = 2 if "--method a-ssl" in r["flags"] or "--augment 2" in r["flags"] else 1
-        images = int(r["flags"].split()[-1]) * r["train_images"]               # they end with the epochs
+        images = r["epoch"] * r["train_images"]
         r["passes"], r["seconds"] = images * passes / 1000, images / r["images_per_second"]
     for k, (x, label) in enumerate(dict(passes="thousands of images through the encoder",
                                         seconds="seconds of training, on one core").items()):
@@ -160,7 +159,7 @@ def work(args):
                 rows = dict.fromkeys(r["row"] for r in members)                # a length each
                 points = [[(r[x], read(r, place)) for r in members if r["row"] == row] for row in rows]
                 means = [[statistics.mean(values) for values in zip(*point)] for point in points]
-                deviations = [statistics.stdev(y for _, y in point) for point in points]
+                deviations = [statistics.stdev(y for _, y in point) if len(point) > 1 else 0 for point in points]
                 axes.errorbar(*zip(*means), deviations, color=colour, marker="o", capsize=3, label=kind)
             axes.axhline(statistics.mean(read(r["frozen"], place) for r in kinds["h-ssl"]), color=GREY, label="frozen")
     figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=9)
@@ -175,7 +174,8 @@ def run(args):
     if args.run is None:
         raise SystemExit("figures.py: name the run's folder: python experiments/figures.py run RUN")
     loaded = load_run(args.run, args.data_dir)
-    s, data, group, f = loaded.settings, loaded.data, loaded.group, loaded.after.encoder
+    s, data, f = loaded.settings, loaded.data, loaded.after.encoder
+    group = getattr(loaded.group, "shifts", loaded.group)                      # of crops, the windows that they show
     log = [json.loads(line) for line in (Path(args.run) / "log.jsonl").read_text().splitlines()]
     figure = plt.figure(figsize=(14, 6.6))
     figure.suptitle(f"{args.run}: {s['method']}, {s['group']}, {s['dataset']}", fontsize=11)
@@ -198,8 +198,8 @@ def run(args):
             axes.legend(fontsize=8)
         axes.plot(steps, values, color=BLUE, marker=None if name == "loss" else ".")
 
-    x = data.batch(data.test_images, torch.arange(args.image, args.image + 1))
-    pairs = allowed_pairs(group, s["max_distance"])
+    x = data.batch(data.test_images, torch.tensor([args.image % len(data.test_images)]))
+    pairs = allowed_pairs(group, s["max_distance"], equal=len(group.elements) == 1)
     z, pair = f(x), group.elements[pairs[len(pairs) // 3]]
     shown = (x[0] - x.min()) / (x.max() - x.min())
     picture(figure, 0.05, 0.27, 0.14, shown[0] if len(shown) == 1 else shown.movedim(0, 2), "image $x$", fontsize=9)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from measure import header, installed, row                                     # first: it finds the project's modules
+import run
 from layers import GroupConv2d, LiftingConv2d, default_filters, hermite_gaussian, steerable_basis
 from report import RESULTS
 
@@ -168,12 +169,14 @@ def scale(args):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = run.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--networks", type=int, default=16, help="random networks of each kind (default: %(default)s)")
     p.add_argument("--images", type=int, default=100, help="(default: %(default)s)")
     p.add_argument("--kernels", type=int, nargs="+", default=[3, 5, 7, 9], help="kernel sizes (default: 3 5 7 9)")
     p.add_argument("--results", default=str(RESULTS), help="folder of the JSON file (default: experiments/results)")
     args = p.parse_args()
+    if min(args.kernels) < 3 or not all(k % 2 for k in args.kernels):
+        p.error(f"--kernels {' '.join(map(str, args.kernels))} must be odd, and at least 3")
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("ignore")                                            # escnn's, of packages that it lacks
     escnn = installed("escnn")

@@ -1,4 +1,4 @@
-"""What benchmark.py and on_gpu.py measure with: a training step, times in turn, memory, waits, a table of results."""
+"""What other scripts here measure with: a training step, times in turn, memory, waits, a table of results."""
 import contextlib
 import importlib
 import io

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in one list: what someone with a GPU and forty minutes runs first.
+"""Everything that only a GPU can show, in one list: what someone with a GPU runs first.
 
     python experiments/on_gpu.py                                the list
     python experiments/on_gpu.py --device cpu --smallest        the same list at toy size, to see that it works

@@ -79,22 +79,19 @@ def by_row(runs):
 
 
 def by_method(runs):
-    """The form of Table 1, for rows called GROUP METHOD: a line per group, a column per method."""
-    flags, top1, frozen = {}, {}, {}
+    """The form of Table 1, for rows called GROUP METHOD: a line per group, a column per method, each with its n."""
+    flags, top1 = {}, defaultdict(dict)
     for r in runs:
         group, method = r["row"].split()
         flags[group] = r["flags"].replace(f" --method {method}", "")
-        top1.setdefault((group, method), []).append(r["top1"])
-        if method == "h-ssl":                                                  # where no row of its own is frozen
-            frozen.setdefault(group, []).append(r["frozen_top1"])
+        top1[group, method][r["seed"]] = r["top1"]
+        top1[group, "frozen"].setdefault(r["seed"], r["frozen_top1"])
     shared, own = split_flags(flags)
-    titles = "group", "own flags", "frozen", "A-SSL", "H-SSL", "supervised", "H-SSL − A-SSL", "trainings"
-    lines = [f"`{shared} --method METHOD`", "", *heading(*titles)]
+    lines = [f"`{shared} --method METHOD`", "", *heading("group", "own flags", *(f"{name} (n)" for name in METHODS))]
     for group in flags:
-        found = [top1.get((group, method), frozen[group] if method == "frozen" else None) for method in METHODS]
-        cells = " | ".join(cell(values) if values else "not run" for values in found)
-        gain = statistics.mean(top1[group, "h-ssl"]) - statistics.mean(top1[group, "a-ssl"])
-        lines.append(f"| {group} | {code(own[group])} | {cells} | {signed(gain)} | {len(top1[group, 'h-ssl'])} |")
+        found = [list(top1[group, method].values()) for method in METHODS]
+        cells = " | ".join(f"{cell(values)} ({len(values)})" if values else "not run" for values in found)
+        lines.append(f"| {group} | {code(own[group])} | {cells} |")
     return lines
 
 
@@ -215,10 +212,14 @@ def main():
     p.add_argument("--against", metavar="ROW", help="compare all rows with this one, too")
     p.add_argument("--labels", action="store_true", help="show 1 and 100 labels a class, too")
     args = p.parse_args()
-    for path in sorted(RESULTS.glob(f"*-{args.budget}.json")):
-        record = json.loads(path.read_text())
-        if not args.name or record["name"] in args.name:
-            show(record, args.against, WITH_LABELS if args.labels else MEASURES)
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*-{args.budget}.json"))]
+    records = {record["name"]: record for record in records}
+    for name in args.name or records:
+        if name not in records:
+            p.error(f"there are no results of {name} at budget {args.budget}, only of {', '.join(records)}")
+        if args.against and args.against not in (rows := {r["row"] for r in records[name]["runs"]}):
+            p.error(f"{name} has no row {args.against!r}, only {'; '.join(sorted(rows))}")
+        show(records[name], args.against, WITH_LABELS if args.labels else MEASURES)
 
 
 if __name__ == "__main__":

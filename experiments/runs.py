@@ -53,7 +53,7 @@ def train_row(flags, seed, out, args):
         command = [*args.launcher, str(ROOT / "train.py"), *shlex.split(flags), "--seed", str(seed), "--out", str(out),
                    "--data-dir", args.data_dir, "--resume"]
         threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))} if args.jobs > 1 else {}
-        start = time.perf_counter()
+        start, code = time.perf_counter(), commit()
         finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
         seconds = round(time.perf_counter() - start, 1)
         if finished.returncode:
@@ -61,7 +61,7 @@ def train_row(flags, seed, out, args):
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         speed = statistics.median(line["images_per_second"] for line in log) if log else None
         result = json.loads((out / "probe.json").read_text())
-        record = dict(flags=flags, seed=seed, commit=commit(), machine=machine(), torch=torch.__version__,
+        record = dict(flags=flags, seed=seed, commit=code, machine=machine(), torch=torch.__version__,
                       seconds=seconds, images_per_second=speed,
                       losses=[[line["step"], round(line["loss"], 4)] for line in log],
                       looks=[line for line in log if "effective_rank" in line], **result)
@@ -75,11 +75,18 @@ def train_row(flags, seed, out, args):
 
 
 def train_table(args):
-    """Train all rows for all seeds, and write the JSON file, with what other seeds below 100 left behind; returns its
-    content. args are those of tables.py."""
+    """Train the chosen rows for all seeds, and write the JSON file, which keeps the runs that it holds and that are in
+    the folder of runs, of all seeds below 100; returns its content. args are those of tables.py."""
     rows = {row: f"{flags} {args.extra}".strip() for row, flags in args.rows.items()}
-    for name in {train.parse(shlex.split(flags)).dataset for flags in rows.values()}:
-        datasets.load(name, args.data_dir)                                     # download once, not in every run
+    path = Path(args.results) / f"{args.name}-{args.budget}.json"
+    held = json.loads(path.read_text())["runs"] if path.exists() else []
+    if any(rows.get(r["row"]) != r["flags"] for r in held):
+        run.stop(f"{path} holds runs with other flags: move it away, or choose another --results")
+    try:
+        for name in {train.parse(shlex.split(flags)).dataset for flags in rows.values()}:
+            datasets.load(name, args.data_dir)                                 # download once, not in every run
+    except ValueError as error:
+        run.stop(error)
 
     def folder(row, seed):
         plain = "".join(c if c.isalnum() else "-" for c in row)
@@ -89,15 +96,16 @@ def train_table(args):
         seed, (row, flags) = job
         return dict(row=row) | train_row(flags, seed, folder(row, seed), args)
 
-    chosen = [(row, flags) for row, flags in rows.items() if not args.only or set(args.only) & set(row.split())]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(train_one, itertools.product(args.seeds, chosen)))
-    finished = [(seed, (row, flags)) for seed in range(100) for row, flags in rows.items()
-                if (folder(row, seed) / "run.json").exists()]
-    runs = [train_one(job) for job in finished]                                # which only reads them
+        list(pool.map(train_one, itertools.product(args.seeds, [(row, rows[row]) for row in args.chosen])))
+    finished = {(r["seed"], r["row"]): r for r in held}
+    for seed, (row, flags) in itertools.product(range(100), rows.items()):
+        if (folder(row, seed) / "run.json").exists():
+            finished[seed, row] = train_one((seed, (row, flags)))              # which only reads it
+    runs = [finished[key] for key in itertools.product(range(100), rows) if key in finished]
     record = dict(name=args.name, budget=args.budget, runs=runs)
-    Path(args.results).mkdir(parents=True, exist_ok=True)
-    (Path(args.results) / f"{args.name}-{args.budget}.json").write_text(json.dumps(record, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 

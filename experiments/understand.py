@@ -16,7 +16,7 @@ looks at the runs of `tables.py TABLE` at budget cpu. Readouts of an image's fea
 Prints, for each run, mean over seeds, before → after training: linear top-1, neighbours, 10 labels a class (all in
 percent), effective rank. Then alignment and uniformity of the projections (Wang and Isola, 2020): the mean squared
 distance of two views of an image, and the logarithm of the mean of exp(-2 squared distance) over pairs of images.
-Writes experiments/results/understand_TABLE.json.
+Writes experiments/results/understand_TABLE.json, which keeps the rows and seeds that it has.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from runs import load_run                                                      # first: it finds the project's modules
+from runs import load_run, run                                                 # first: it finds the project's modules
 from hssl import Rotation, Scale, readout
 from probe import assess
 from report import RESULTS
@@ -77,6 +77,7 @@ def alignment_and_uniformity(projections):
 def look(folder, data_dir):
     """{when: {readout: measures, ..., "alignment": number, "uniformity": number}} of one run."""
     settings, data, group, *objectives = load_run(folder, data_dir)
+    group = getattr(group, "shifts", group)                                    # of crops, the windows that they show
     train, test = (data.batch(images, torch.arange(len(images))) for images in (data.train_images, data.test_images))
     turned = TURNED.get(settings["nuisance"]) if settings["nuisance"] != settings["group"] else None
     result = {}
@@ -109,7 +110,7 @@ def show(found):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = run.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("table", help="a table of tables.py whose runs are there")
     p.add_argument("--rows", nargs="+", help="only these (default: all that have a projection head)")
     p.add_argument("--seeds", type=int, nargs="+", help="only these (default: all)")
@@ -121,12 +122,19 @@ def main():
     for path in sorted(Path(args.runs).glob(f"{args.table}-cpu-*/run.json")):
         folder, record = path.parent, json.loads(path.read_text())
         row = folder.name.removeprefix(f"{args.table}-cpu-").rsplit("-", 1)[0]
-        wanted = row in args.rows if args.rows else record["method"] in ("h-ssl", "a-ssl")
+        wanted = record["method"] in ("h-ssl", "a-ssl") and (not args.rows or row in args.rows)
         if wanted and (not args.seeds or record["seed"] in args.seeds):
             found[row].append(look(folder, args.data_dir) | dict(seed=record["seed"], commit=record["commit"]))
-    Path(args.results).mkdir(parents=True, exist_ok=True)
-    (Path(args.results) / f"understand_{args.table}.json").write_text(json.dumps(found, indent=1) + "\n")
+    if not found:
+        p.error(f"{args.runs} has no finished run of table {args.table} with these rows and seeds that has a head")
     show(found)
+    path = Path(args.results) / f"understand_{args.table}.json"
+    held = json.loads(path.read_text()) if path.exists() else {}
+    for row, runs in held.items():                                             # other rows and seeds stay
+        seeds = {r["seed"] for r in found[row]}
+        found[row] = sorted([*found[row], *(r for r in runs if r["seed"] not in seeds)], key=lambda r: r["seed"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 
 from runs import load_run                                                      # first: it finds the project's modules
 import run
-from equivariance import layer_errors
+from equivariance import elements_of, layer_errors
 from hssl import Rotation, Scale, Translation
-from layers import Backbone, SteerableConv2d
+from layers import Backbone, SteerableConv2d, Untied
 from measure import header, row
 
 ROUNDING, APPROXIMATE = 1e-5, 1.0
@@ -88,19 +88,21 @@ def report(network, group, x):
     z, size = network(x[:1]), getattr(group, "orientations", getattr(group, "scales", None))
     if z.ndim != 5 and (z.ndim != 4 or size) or size and z.shape[2] != size:
         run.stop(f"features must be (B, C, {size or 'G'}, H, W), but these are {tuple(z.shape)}")
+    if not z.isfinite().all() or not z.any():
+        run.stop("features must be finite and not all 0, but those of the first image are not")
     errors = layer_errors(network, group, x)
-    elements = [g for g in group.elements.tolist() if g not in (0, [0, 0])]
-    header("layer", *(f"g = {g}" for g in elements), "verdict")
+    header("layer", *(f"g = {g}" for g in elements_of(group).tolist()), "verdict")
     for name, values in errors.items():
         row(name, *(f"{value:.1e}" for value in values), judge(values.max(), group))
 
     last = judge(list(errors.values())[-1].max(), group)
-    first = next((name for name, values in errors.items() if values.max() > ROUNDING), None)
+    first = next((name for name, values in errors.items() if not values.max() <= ROUNDING), None)
     if first is None:
         print("\nexact: the network is equivariant up to rounding")
         return last, first, []
     layers = list(network) if isinstance(network, torch.nn.Sequential) else [network]
-    found = causes(layers[int(first.split()[0]) - 1], group, shapes)
+    found = (["its weights are not shared along the group"] if isinstance(network, Untied) else
+             causes(layers[int(first.split()[0]) - 1], group, shapes))
     why = "; ".join(found) or "none of the usual causes: look for borders, interpolation, mixed positions or group axes"
     print(f"\n{last}: {first} is the first layer that is not exact ({why})")
     return last, first, found
@@ -121,35 +123,40 @@ def make_group(network, name, size, x, step=1.41, circular=False):
     if name == "scale":
         return Scale(size, step)
     side = network(x[:1]).shape[-1]
-    group = Translation(side, 1, x.shape[-1] // side, circular)
-    group.elements = torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]])
-    return group
+    return Translation(side, side, x.shape[-1] // side, circular)              # the whole map: it has no other elements
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = run.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("network", metavar="RUN or MODULE:FUNCTION")
     p.add_argument("--group", choices=("translation", "rotation", "scale"), default="rotation")
-    p.add_argument("--group-size", type=int, default=4, help="orientations or scales (default: %(default)s)")
-    p.add_argument("--scale-step", type=float, default=1.41, help="ratio of neighbouring scales (default: %(default)s)")
+    p.add_argument("--group-size", type=run.number(int, 1), default=4,
+                   help="orientations or scales (default: %(default)s)")
+    p.add_argument("--scale-step", type=run.number(float, 1, above=True), default=1.41,
+                   help="ratio of neighbouring scales (default: %(default)s)")
     p.add_argument("--circular", action="store_true", help="shifts are circular, as with circular padding")
-    p.add_argument("--image", type=int, nargs=3, default=[1, 28, 28], metavar=("C", "H", "W"), help="(default: MNIST)")
+    p.add_argument("--image", type=run.number(int, 1), nargs=3, default=[1, 28, 28], metavar=("C", "H", "W"),
+                   help="(default: MNIST)")
     p.add_argument("--data-dir", help="folder of the data sets (default: the run's own)")
     args = p.parse_args()
+    if args.image[1] != args.image[2]:
+        p.error(f"--image {' '.join(map(str, args.image))}: images must be square")
     torch.manual_seed(0)
     if ":" in args.network and not os.path.exists(args.network):
         module, function = args.network.split(":", 1)
         sys.path.insert(0, os.getcwd())
-        try:
-            network = getattr(importlib.import_module(module), function)()
-        except (ImportError, AttributeError) as error:
-            run.stop(f"{args.network} must be a module and a function in it that takes nothing: {error}")
         x = smooth_images(8, args.image[0], args.image[1])
-        network = network.float().eval()
-        with torch.no_grad():
-            group = make_group(network, args.group, args.group_size, x, args.scale_step, args.circular)
+        try:
+            network = getattr(importlib.import_module(module), function)().float().eval()
+            with torch.no_grad():
+                network(x[:1])
+                group = make_group(network, args.group, args.group_size, x, args.scale_step, args.circular)
+        except Exception as error:                                             # a foreign network can fail in any way
+            run.stop(f"{args.network} must be a module and a function in it that takes nothing and returns a network "
+                     f"for images {tuple(x.shape[1:])}: {type(error).__name__}: {error}")
     else:
         settings, data, group, _, after = load_run(args.network, args.data_dir)
+        group = getattr(group, "shifts", group)                                # of crops, the windows that they show
         network, x = after.encoder, data.batch(data.test_images, torch.arange(32))
     verdict, _, _ = report(network, group, x)
     sys.exit(verdict == "broken")

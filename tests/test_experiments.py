@@ -73,9 +73,9 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch, capsys, few_glyphs):
     """A table is trained, written with what identifies its runs, and not trained again; other flags are refused."""
     monkeypatch.setitem(tables.TABLES, "glyphs", lambda budget: {"h-ssl, small": "--device cpu"})
 
-    def call(extra):
+    def call(extra, results=tmp_path):
         tables.main(tables.parse(["glyphs", "--seeds", "0", "--jobs", "2", "--runs", str(tmp_path / "runs"),
-                                  "--results", str(tmp_path), "--extra", f"{extra} --eval-every 1"]))
+                                  "--results", str(results), "--extra", f"{extra} --eval-every 1"]))
         return capsys.readouterr()
 
     first = call(SMALL)
@@ -89,14 +89,32 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch, capsys, few_glyphs):
     monkeypatch.setattr(subprocess, "run", None)                               # nothing may be started from here on
     second = call(SMALL)
     assert second.err == "" and second.out == first.out
-    with pytest.raises(SystemExit, match="was made with other flags"):
+    results = tmp_path / "glyphs-cpu.json"
+    with pytest.raises(SystemExit):                                            # the results would lose their runs
         call(SMALL + " --lr 0.2")
+    assert "holds runs with other flags" in capsys.readouterr().err
+    assert len(json.loads(results.read_text())["runs"]) == 1
+    with pytest.raises(SystemExit, match="was made with other flags"):
+        call(SMALL + " --lr 0.2", tmp_path / "other")
 
     other = tmp_path / "runs" / "glyphs-cpu-h-ssl--small-7"                    # another seed, finished earlier, stays
     other.mkdir()
     (other / "run.json").write_text(json.dumps({key: found[key] for key in found if key != "row"} | dict(seed=7)))
     call(SMALL)
-    assert [r["seed"] for r in json.loads((tmp_path / "glyphs-cpu.json").read_text())["runs"]] == [0, 7]
+    assert [r["seed"] for r in json.loads(results.read_text())["runs"]] == [0, 7]
+    (other / "run.json").unlink()                                              # nor does a fresh clone lose results
+    call(SMALL)
+    assert [r["seed"] for r in json.loads(results.read_text())["runs"]] == [0, 7]
+
+
+@pytest.mark.parametrize("flags, words", (
+    ("glyphs --only typo", "no row has any of these words"), ("glyphs --seeds 100", "below 100"),
+    ("glyphs --jobs 0", "at least 1"), ("glyphs --launcher nosuch", "no program"), ("typo", "invalid choice")))
+def test_tables_that_cannot_be_trained_are_refused(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tables.parse(flags.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1
 
 
 def test_only_some_rows_are_trained(tmp_path, monkeypatch, few_glyphs):
@@ -104,7 +122,7 @@ def test_only_some_rows_are_trained(tmp_path, monkeypatch, few_glyphs):
     monkeypatch.setitem(tables.TABLES, "glyphs", lambda budget: dict.fromkeys(("h-ssl", "h-ssl, longer", "a-ssl"), ""))
     started = []
     monkeypatch.setattr(runs, "train_row", lambda flags, seed, out, args: started.append(out.name) or {})
-    for words in (["h-ssl", "longer"], ["longer"], ["ssl"]):
+    for words in (["h-ssl", "longer"], ["longer"]):
         runs.train_table(tables.parse(["glyphs", "--seeds", "5", "--results", str(tmp_path), "--runs", str(tmp_path),
                                        "--only", *words]))
     assert started == ["glyphs-cpu-h-ssl-5", "glyphs-cpu-h-ssl--longer-5", "glyphs-cpu-h-ssl--longer-5"]
@@ -116,14 +134,6 @@ def test_a_failed_run_ends_the_table_with_its_message(tmp_path):
         tables.main(tables.parse(["glyphs", "--launcher", launcher, "--runs", str(tmp_path / "runs"), "--results",
                                   str(tmp_path)]))
     assert not list(tmp_path.glob("*.json"))
-
-
-def test_table_1_s_form(capsys):
-    runs = [dict(row=f"rotation {m}", flags=f"--dataset mnist --group rotation --method {m}", machine="m", torch="t",
-                 commit="c", frozen_top1=50.0, top1=top1)
-            for m, values in (("h-ssl", (70, 72)), ("a-ssl", (73, 75))) for top1 in values]
-    report.show(dict(name="mnist", budget="cpu", runs=runs))
-    assert "| 50.00 ± 0.00 | 74.00 ± 1.41 | 71.00 ± 1.41 | not run | −3.00 | 2 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", ("--method a-ssl", "--objective byol", "--views 3"))

@@ -82,6 +82,14 @@ def test_table_1_with_measures(capsys):
     assert printed[start - 2].startswith("| rotation | ") and printed[start - 1] == ""
 
 
+def test_part_of_table_1(capsys):
+    """Whatever is not there yet says so; each cell has its own n."""
+    runs = [run("scale supervised", seed, 50 + seed, 60, "supervised") for seed in (0, 2)]
+    runs.append(run("scale a-ssl", 2, 52, 55))
+    assert lines(dict(name="mnist", budget="cpu", runs=runs), capsys)[6] == (
+        "| scale |  | 51.00 ± 1.41 (2) | 55.00 (1) | not run | 60.00 ± 0.00 (2) |")
+
+
 def test_an_old_file_holds_top_1_alone(capsys):
     runs = [run(row, seed, 50, top1) for row, rises in (("h-ssl", (51.0, 51.1, 51.2)), ("other", (50.2,)))
             for seed, top1 in enumerate(rises)]
