@@ -10,7 +10,7 @@ import verdict
 from helpers import train_here
 from hssl import Rotation, Scale, Translation
 from layers import (GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement, ResidualBackbone, ResNet18Backbone,
-                    steerable_basis)
+                    Untied, steerable_basis)
 
 SMALL = dict(widths=(2, 3, 4), kernel_size=5)
 FILTERS = steerable_basis("rotation", 4, 5, 3, 0.9)
@@ -59,6 +59,8 @@ NETWORKS = {
         lambda: MNISTBackbone(**SMALL), Translation(7, 4, 4, True), 28, "broken", 1, "zero padding"),
     "window not round": (rectangular, TURNS, 28, "broken", 2, "window is not round"),
     "batch norm over the wrong axes": (norm_of_each, TURNS, 28, "broken", 3, "for each orientation"),
+    "untied": (lambda: Untied(MNISTBackbone(widths=(4, 4, 4)), 4), TURNS, 28, "broken", 1, "not shared along the"),
+    "whole maps": (lambda: MNISTBackbone(**SMALL), Translation(7, 7, 4), 28, "approximate", 1, "zero padding"),
 }
 
 
@@ -84,11 +86,24 @@ def test_scales_are_approximate_and_ordinary_networks_are_not():
     assert word == "broken" and first.startswith("2 ") and "an ordinary convolution" in causes[0]
 
 
+@pytest.mark.parametrize("value", (float("nan"), 0.0))
+def test_features_that_cannot_be_judged(value, capsys):
+    class Constant(nn.Module):
+        def forward(self, x):
+            return x[:, :, None].expand(-1, -1, 4, -1, -1) * value
+    with pytest.raises(SystemExit):
+        verdict.report(Constant(), TURNS, verdict.smooth_images(4, 1, 28))
+    assert "must be finite and not all 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, status, message", (
     ("{run}", 0, "exact: the network is equivariant up to rounding"),
     ("layers:MNISTBackbone --group translation --circular", 1, "zero padding"),
     ("layers:MNISTBackbone", 2, "features must be (B, C, 4, H, W), but these are (1, 95, 1, 7, 7)"),
     ("layers:nothing", 2, "a module and a function"), ("nothing:at_all", 2, "a module and a function"),
+    ("layers:MNISTBackbone --image 3 28 28", 2, "for images (3, 28, 28)"),
+    ("layers:MNISTBackbone --image 1 28 40", 2, "must be square"),
+    ("layers:MNISTBackbone --group-size 0", 2, "at least 1"),
     ("{run}/nothing", 2, "is missing")))
 def test_the_command(words, status, message, few_glyphs, tmp_path, monkeypatch, capsys):
     """A run, a function of a module, and what cannot be measured, in one line."""
