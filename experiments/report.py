@@ -194,14 +194,21 @@ def by_epoch(runs):
     return ["", *heading("run", "seed", "epoch", *names), *lines] if lines else []
 
 
-def show(record, against=None, measures=MEASURES):
-    """Print the content of one JSON file as tables."""
+def beside_tied(runs, tied):
+    """The runs of a table without structure, called "ROW, untied", and those of the same rows and seeds with it."""
+    same = {(r["row"], r["seed"]) for r in runs}
+    return [r for r in tied if (r["row"], r["seed"]) in same] + [r | dict(row=f"{r['row']}, untied") for r in runs]
+
+
+def show(record, against=None, measures=MEASURES, tied=()):
+    """Print the content of one JSON file as tables; tied are the runs with structure, for a table without it."""
     runs, name = record["runs"], record["name"]
     machine, torch, commit = (" or ".join(sorted({str(r[key]) for r in runs}))
                               for key in ("machine", "torch", "commit"))
     print(f"\n**{name}**, {record['budget']}: {machine}, torch {torch}, commit {commit}")
     table1 = name.removesuffix("-untied") in ("mnist", "cifar10", "tiny-imagenet")
     lines = (by_method if table1 else by_row)(runs)
+    runs = beside_tied(runs, tied) if tied else runs
     print("\n".join(lines + by_measure(measured(runs, measures), against) + by_epoch(runs)))
 
 
@@ -219,7 +226,8 @@ def main():
             p.error(f"there are no results of {name} at budget {args.budget}, only of {', '.join(records)}")
         if args.against and args.against not in (rows := {r["row"] for r in records[name]["runs"]}):
             p.error(f"{name} has no row {args.against!r}, only {'; '.join(sorted(rows))}")
-        show(records[name], args.against, WITH_LABELS if args.labels else MEASURES)
+        tied = records.get(name.removesuffix("-untied"), dict(runs=()))["runs"] if name.endswith("-untied") else ()
+        show(records[name], args.against, WITH_LABELS if args.labels else MEASURES, tied)
 
 
 if __name__ == "__main__":

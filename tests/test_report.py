@@ -90,6 +90,12 @@ def test_part_of_table_1(capsys):
         "| scale |  | 51.00 ± 1.41 (2) | 55.00 (1) | not run | 60.00 ± 0.00 (2) |")
 
 
+def test_untied_rows_stand_beside_the_tied_ones_of_their_seeds():
+    untied, tied = [run("scale h-ssl", 1, 50, 60)], [run("scale h-ssl", s, 50, 70 + s) for s in (0, 1)]
+    found = report.by_measure(report.measured(report.beside_tied(untied, tied + [run("scale supervised", 1, 50, 90)])))
+    assert found[-1] == "| scale h-ssl, untied − scale h-ssl | 1 | −11.00 | open |" and "supervised" not in str(found)
+
+
 def test_an_old_file_holds_top_1_alone(capsys):
     runs = [run(row, seed, 50, top1) for row, rises in (("h-ssl", (51.0, 51.1, 51.2)), ("other", (50.2,)))
             for seed, top1 in enumerate(rises)]
