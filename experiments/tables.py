@@ -111,6 +111,7 @@ TRIALS = {
             "4 views": "--views 4", "lr 3, trust coefficient 0.001": "--lr 3 --trust-coefficient 0.001",
             "augmented": "--augment 1", "augmented, two passes": "--augment 2",
             "augmented, two passes, window 6": "--augment 2 --base-space 6"}.items()},
+        "a-ssl, widths 32 63 95": f"{HELPS} a-ssl --widths 32 63 95",
         "a-ssl, augmented, whole map": f"{HELPS} a-ssl --augment 1 --base-space 7",
     },
     # Complete trainings of several lengths: what do encoder passes and time buy?
