@@ -156,15 +156,19 @@ def interrupted(args):
 def torchrun(args):
     """one process under torchrun (nccl on a GPU): SIGTERM, then SIGKILL with --max-restarts=1"""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max-restarts=1"]
-    outs = [new_folder(args, name) for name in ("terminated", "killed")]
-    terminated, killed = (start([*launcher, *command(args, f"{args.short} --epochs 12 --save-every 1", out)])
-                          for out in outs)
-    wait_for_steps(outs[0], 5, terminated)
-    terminated.terminate()
-    wait_for_steps(outs[1], 5, killed)
+
+    def begin(name):
+        out = new_folder(args, name)
+        process = start([*launcher, *command(args, f"{args.short} --epochs 12 --save-every 1", out)])
+        wait_for_steps(out, 5, process)
+        return process
+
+    killed = begin("killed")
     children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
     (worker,) = (int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(worker, signal.SIGKILL)
+    terminated = begin("terminated")
+    terminated.terminate()
     (said,) = re.findall(r"saved after step \d+", finish(terminated, 1))
     (top1,) = re.findall(r"top-1 on .*", finish(killed))
     return f"SIGTERM: {said}; SIGKILL: restarted, {top1}", {}

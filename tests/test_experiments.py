@@ -161,7 +161,8 @@ def test_the_list_for_a_gpu(job):
     """Each step is a row and a file; no training step waits for the device, whatever the method and objective."""
     folder, (printed, status) = job
     record = json.loads((folder / "on_gpu.json").read_text())
-    assert status == 0 and record["smallest"] and list(record["steps"]) == list(on_gpu.STEPS)
+    assert status == 0, printed
+    assert record["smallest"] and list(record["steps"]) == list(on_gpu.STEPS)
     assert all(f"| {name} | {step['result']} | " in printed for name, step in record["steps"].items())
     assert record["steps"]["sync_batch_norm"]["result"] == "done before"
     waits = record["steps"]["waits"]["details"]
