@@ -26,12 +26,12 @@ def test_the_example_runs_as_pasted(capsys):
 
 
 def test_the_trained_encoder_is_fine_tuned_as_pasted(monkeypatch, capsys):
-    """The encoder that comes along, trained further; 0.98 is printed, and other processors round otherwise."""
+    """The encoder that comes along, trained further. Seeds and processors gave 0.965 to 0.98."""
     _, example = re.findall(r"```python\n(.*?)```", README, re.S)
     monkeypatch.chdir(ROOT)
     exec(example, {})
     (accuracy,) = re.findall(r"tensor\((0\.\d+)\)", capsys.readouterr().out)
-    assert abs(float(accuracy) - 0.98) < 0.02
+    assert abs(float(accuracy) - 0.97) < 0.02
 
 
 def flags_of(script):
