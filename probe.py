@@ -139,10 +139,10 @@ def standardise(x, *others):
 def softmax_regression(x, labels, classes, penalty, start=None, iterations=1000, tolerance=1e-4):
     """The linear classifier that minimises its mean cross-entropy on x (N, D) plus penalty/2 · ‖W‖², by L-BFGS.
 
-    W (D + 1, K) are weights and, in the last row, biases; start is where to begin. The objective curves upwards by
-    at least the penalty everywhere, so the minimum is at most ‖∇‖²/(2 · penalty) lower. It ends once this bound, the
-    gap, is within the tolerance, in nats, or after so many iterations: with penalties below 1e-4 float32 may not get
-    there. Returns W and the gap.
+    W (D + 1, K) are weights and, in the last row, biases; start is where to begin. The objective curves upwards by at
+    least the penalty everywhere, so the minimum is at most ‖∇‖²/(2 · penalty) lower. It ends once this bound,
+    the gap, is within the tolerance, in nats, or after so many iterations: with penalties below 1e-4 float32 may not
+    get there. Returns W and the gap.
     """
     weights = x.new_zeros(x.shape[1] + 1, classes) if start is None else start.clone()
     optimizer = torch.optim.LBFGS([weights.requires_grad_()], max_iter=min(10, iterations), tolerance_grad=0,

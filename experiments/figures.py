@@ -174,8 +174,7 @@ def run(args):
     if args.run is None:
         raise SystemExit("figures.py: name the run's folder: python experiments/figures.py run RUN")
     loaded = load_run(args.run, args.data_dir)
-    s, data, f = loaded.settings, loaded.data, loaded.after.encoder
-    group = getattr(loaded.group, "shifts", loaded.group)                      # of crops, the windows that they show
+    s, data, group, f = loaded.settings, loaded.data, loaded.group, loaded.after.encoder
     log = [json.loads(line) for line in (Path(args.run) / "log.jsonl").read_text().splitlines()]
     figure = plt.figure(figsize=(14, 6.6))
     figure.suptitle(f"{args.run}: {s['method']}, {s['group']}, {s['dataset']}", fontsize=11)

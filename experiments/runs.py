@@ -113,7 +113,7 @@ def train_table(args):
 class Run(NamedTuple):
     settings: dict                 # the flags
     data: datasets.Dataset
-    group: object
+    group: object                  # that moves features; of crops, the windows that they show
     before: train.Objective        # encoder and head as the training found them, and as it left them, both in eval mode
     after: train.Objective
 
@@ -137,4 +137,4 @@ def load_run(folder, data_dir=None):
             after.head.load_state_dict(checkpoint["head"])
     except ValueError as error:
         run.stop(error)
-    return Run(vars(s), data, group, before.eval(), after.eval())
+    return Run(vars(s), data, getattr(group, "shifts", group), before.eval(), after.eval())

@@ -60,9 +60,9 @@ def representations(objective, group, images, turned=None):
             parts[name].append(part)
         if turned:
             passes = [objective.encoder(turned.T(g.expand(len(x)), x)) for g in turned.elements]
-            for name, of in (("2x2, T", lambda z: readout(z, 2)),
-                             ("hidden, T", lambda z: hidden(readout(group.base(z), objective.head.grid)))):
-                parts[name].append(torch.stack([of(z) for z in passes]).mean(0))
+            bases = [hidden(readout(group.base(z), objective.head.grid)) for z in passes]
+            parts["2x2, T"].append(torch.stack([readout(z, 2) for z in passes]).mean(0))
+            parts["hidden, T"].append(torch.stack(bases).mean(0))
     return {name: torch.cat(part) for name, part in parts.items()}, torch.cat(projections, 1)
 
 
@@ -77,7 +77,6 @@ def alignment_and_uniformity(projections):
 def look(folder, data_dir):
     """{when: {readout: measures, ..., "alignment": number, "uniformity": number}} of one run."""
     settings, data, group, *objectives = load_run(folder, data_dir)
-    group = getattr(group, "shifts", group)                                    # of crops, the windows that they show
     train, test = (data.batch(images, torch.arange(len(images))) for images in (data.train_images, data.test_images))
     turned = TURNED.get(settings["nuisance"]) if settings["nuisance"] != settings["group"] else None
     result = {}

@@ -116,14 +116,13 @@ def smooth_images(count, channels, side):
     return F.interpolate(coarse, size=(side, side), mode="bicubic") * (1.2 - radius).clamp(0, 1)
 
 
-def make_group(network, name, size, x, step=1.41, circular=False):
-    """The group that moves a network's features; of shifts only those by one position."""
+def make_group(name, size, image_side, side, step=1.41, circular=False):
+    """The group that moves features whose maps have this side; of shifts only those by one position."""
     if name == "rotation":
         return Rotation(size)
     if name == "scale":
         return Scale(size, step)
-    side = network(x[:1]).shape[-1]
-    return Translation(side, side, x.shape[-1] // side, circular)              # the whole map: it has no other elements
+    return Translation(side, side, image_side // side, circular)               # the whole map: it has no other elements
 
 
 def main():
@@ -149,14 +148,13 @@ def main():
         try:
             network = getattr(importlib.import_module(module), function)().float().eval()
             with torch.no_grad():
-                network(x[:1])
-                group = make_group(network, args.group, args.group_size, x, args.scale_step, args.circular)
+                side = network(x[:1]).shape[-1]
+            group = make_group(args.group, args.group_size, args.image[1], side, args.scale_step, args.circular)
         except Exception as error:                                             # a foreign network can fail in any way
             run.stop(f"{args.network} must be a module and a function in it that takes nothing and returns a network "
                      f"for images {tuple(x.shape[1:])}: {type(error).__name__}: {error}")
     else:
         settings, data, group, _, after = load_run(args.network, args.data_dir)
-        group = getattr(group, "shifts", group)                                # of crops, the windows that they show
         network, x = after.encoder, data.batch(data.test_images, torch.arange(32))
     verdict, _, _ = report(network, group, x)
     sys.exit(verdict == "broken")
