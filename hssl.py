@@ -1,141 +1,189 @@
-"""Homomorphic self-supervised learning: views of an image, read from its features by moving along the group.
+"""Homomorphic self-supervised learning: views of an image, read from its features by moving
+along the group.
 
-First the objectives and what they need, then the groups. Each group has
+First the objectives, then the groups. Each group has
 
-    T(g, x)             T_g on images (B, C, H, W), background 0; exact for shifts and quarter turns, else bilinear
-    Γ(g, z)             Γ_g on features (B, C, G, H, W): (Γ_g z)(g0) = z(g⁻¹ g0); a ValueError if they do not fit
+    T(g, x)             T_g on images (B, C, H, W), background 0; exact for shifts and quarter turns
+    Γ(g, z)             Γ_g on features (B, C, G, H, W): (Γ_g z)(g0) = z(g⁻¹ g0)
     base(z)             the fibers over the base space G0, which are all that h sees
     view(g, z)          base(Γ(g, z)), reading no more than it needs
-    elements            every g that may be drawn
+    elements            every g that may be drawn, on the CPU
     distance(g1, g2)    the topographic distance ‖g1⁻¹ g2‖
 
-where g is an integer tensor that holds one group element per image, on the images' device; elements are on the CPU.
+where g is an integer tensor with one group element per image, on the images' device. All raise
+a ValueError for images, features or elements that do not fit the group. (Elements are looked at
+on the CPU only, for on a GPU every step would wait for the answer.)
 
-Letters: B batch, C channels, G length of the group axis, H W space, D numbers per projection, M elements that may be
-drawn, P pairs of them, V views, S base-space size along the group axis.
+Letters: B batch, C channels, G length of the group axis, H W space, D numbers per projection, M
+elements that may be drawn, P pairs of them, S base-space size along the group axis.
 """
 import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
-# ------------------------------------------------------------------------------------------------------ the objectives
+# --------------------------------------------------------------------------------- the objectives
+
 @torch.no_grad()
 def equivariance_error(f, group, x, elements=None, on_base=False):
     """How far Eq. (1) is from holding: ‖f(T_g x) - Γ_g f(x)‖ / ‖Γ_g f(x)‖ for each g, (M,).
 
-    0 up to rounding is exact; unrelated features whose mean is 0 give about √2. f is any function of images x (B, C,
-    H, W) to features (B, C', G, H', W'), in evaluation mode if it has batch norm; elements (M, ...) are some of the
-    group's (default: all). on_base compares on the base space alone, clear of borders and axis ends.
+    0 up to rounding is exact; unrelated features whose mean is 0 give about √2.
+
+    Args:
+        f: any function of images (B, C, H, W) to features (B, C', G, H', W'), in evaluation mode.
+        group, x: one of the groups below, and images.
+        elements: some of the group's elements, (M, ...); all of them if None.
+        on_base: compare on the base space alone, clear of borders and of the ends of the group
+            axis.
     """
-    z, errors = f(x), []
-    for g in group.elements if elements is None else elements:
-        g = g.to(x.device).expand(len(x), *g.shape)
-        left, right = f(group.T(g, x)).double(), group.Γ(g, z).double()        # f(T_g x) = Γ_g f(x)         Eq. (1)
+    if elements is None:
+        elements = group.elements
+    z = f(x)
+    errors = []
+    for element in elements:
+        g = element.to(x.device).expand(len(x), *element.shape)
+        left = f(group.T(g, x)).double()
+        right = group.Γ(g, z).double()
         if on_base:
-            left, right = group.base(left), group.base(right)
-        errors.append((left - right).norm() / right.norm())
+            left = group.base(left)
+            right = group.base(right)
+        errors.append((left - right).norm() / right.norm())    # f(T_g x) = Γ_g f(x), Eq. (1)
     return torch.stack(errors)
 
 
-def a_ssl_loss(f, h, I, group, x, g1, g2, *more):
-    """L_A: each view is a transformed copy of the image, and all copies pass through the encoder.
+def a_ssl_loss(f, h, I, group, x, g1, g2):
+    """L_A: both views are transformed copies of the image, and each copy passes through the
+    encoder.
 
     Args:
-        f: the encoder, (B, C, H, W) -> (B, C', G, H', W'). All copies pass it as one batch, for batch norm to see.
-        h, I: the head, a view -> (B, D), and the objective, projections (B, D) of all views -> its mean over the batch.
+        f: the encoder, (B, C, H, W) -> (B, C', G, H', W').
+        h: the head, a view -> (B, D).
+        I: the objective, two projections (B, D) -> its mean over the batch.
         group, x: one of the groups below, and images (B, C, H, W).
-        g1, g2, *more: what moves each view, one group element per image: (B, ...).
+        g1, g2: what moves the two views, one group element per image.
     """
-    z1, z2, *others = f(torch.cat([group.T(g, x) for g in (g1, g2, *more)])).chunk(2 + len(more))
-    # L_A = mean over i of I( h(f(T_g1 x_i)), h(f(T_g2 x_i)) )                                               Eq. (2)
-    return I(h(group.base(z1)), h(group.base(z2)), *[h(group.base(z)) for z in others])
+    view1 = group.base(f(group.T(g1, x)))
+    view2 = group.base(f(group.T(g2, x)))
+    return I(h(view1), h(view2))    # Eq. (2)
 
 
-def h_ssl_loss(f, h, I, group, x, g1, g2, *more):
-    """L_H: the image passes through the encoder once, and all its views are read from its features.
+def h_ssl_loss(f, h, I, group, x, g1, g2):
+    """L_H: the image passes through the encoder once, and both views are read from its features.
 
-    Arguments as for `a_ssl_loss`. Where Eq. (1) holds exactly, both losses are equal, and so are their gradients. With
-    |G0| = 1 on translation this is the local patch-against-patch loss of Deep InfoMax (local), CPC, Greedy InfoMax.
+    Arguments as for `a_ssl_loss`. Where Eq. (1) holds exactly, the two losses are equal, and so
+    are their gradients. With |G0| = 1 on translation this is the local patch-against-patch loss
+    of Deep InfoMax (local), CPC and Greedy InfoMax.
     """
     z = f(x)
-    # L_H = mean over i of I( h(Γ_g1 f(x_i)), h(Γ_g2 f(x_i)) )                                               Eq. (3)
-    return I(h(group.view(g1, z)), h(group.view(g2, z)), *[h(group.view(g, z)) for g in more])
+    view1 = group.view(g1, z)
+    view2 = group.view(g2, z)
+    return I(h(view1), h(view2))    # Eq. (3)
 
 
-def allowed_pairs(group, max_distance=None, equal=False):
-    """List the pairs of elements at most max_distance apart; g1 = g2, which gives one view twice, only if equal: (P, 2)
-    indices into group.elements. Raises a ValueError if there are none."""
-    distance = group.distance(group.elements[:, None], group.elements[None, :])                      # (M, M)
-    allowed = (distance >= (0 if equal else 1)) & (distance <= (math.inf if max_distance is None else max_distance))
+def allowed_pairs(group, max_distance=None):
+    """All pairs of different elements at most max_distance apart: (P, 2) indices into
+    group.elements.
+
+    Raises a ValueError if there are none. (g1 = g2 would give one view twice.)
+    """
+    distance = group.distance(group.elements[:, None], group.elements[None, :])    # (M, M)
+    allowed = distance > 0
+    if max_distance is not None:
+        allowed &= distance <= max_distance
     if not allowed.any():
-        apart = "" if max_distance is None else f" at most {max_distance} apart"
-        raise ValueError(f"a positive pair needs two group elements{apart}, and these settings leave "
-                         f"{len(group.elements)}: take a smaller base space, more elements or a larger distance")
+        raise ValueError(f"no two of the {len(group.elements)} group elements make a pair (largest "
+                         f"distance: {max_distance}): take a smaller base space, more elements or "
+                         "a larger distance")
     return allowed.nonzero()
 
 
-def drawn_sets(group, views, count=10_000):
-    """For more than two views: random sets of different elements, (count, V) indices. A ValueError if too few."""
-    if views > len(group.elements):
-        raise ValueError(f"{views} views need as many group elements, and these settings leave {len(group.elements)}: "
-                         "take fewer views, a smaller base space or more elements")
-    return torch.rand(count, len(group.elements)).argsort(1)[:, :views]
-
-
 def readout(view, grid=0):
-    """Flatten a view (B, C, S, H, W) into what a head takes: (B, S·C·H·W), or (B, S·C·grid²) if grid > 0, which
-    averages each map down to grid x grid. The layout stays: a view is a list of fibers, not their mean."""
-    maps = view.transpose(1, 2).flatten(1, 2)                                                        # (B, S·C, H, W)
-    return (F.adaptive_avg_pool2d(maps, grid) if grid else maps).flatten(1)
+    """Flatten a view (B, C, S, H, W) into what a head takes: (B, S·C·H·W).
+
+    With grid > 0 each map is averaged down to grid x grid: (B, S·C·grid²). The layout stays: a
+    view is a list of fibers, not their mean.
+    """
+    if view.ndim != 5:
+        raise ValueError(f"a view must be (B, C, S, H, W), but this is {tuple(view.shape)}")
+    maps = view.transpose(1, 2).flatten(1, 2)    # (B, S·C, H, W)
+    if grid > 0:
+        maps = F.adaptive_avg_pool2d(maps, grid)
+    return maps.flatten(1)
 
 
-class ProjectionHead(torch.nn.Sequential):
-    """h: a view -> its readout (B, width) -> linear, ReLU, linear -> (B, out); norm adds batch norm before the ReLU."""
+class ProjectionHead(nn.Module):
+    """h: a view -> its readout (B, width) -> linear, ReLU, linear -> (B, out); norm adds batch
+    norm."""
+
     def __init__(self, width, hidden, out, grid=0, norm=False):
-        between = [torch.nn.BatchNorm1d(hidden), torch.nn.ReLU()] if norm else [torch.nn.ReLU()]
-        super().__init__(torch.nn.Linear(width, hidden), *between, torch.nn.Linear(hidden, out))
+        super().__init__()
         self.grid = grid
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.BatchNorm1d(hidden) if norm else nn.Identity(),
+            nn.ReLU(),
+            nn.Linear(hidden, out),
+        )
 
     def forward(self, view):
-        return super().forward(readout(view, self.grid))
+        return self.layers(readout(view, self.grid))
 
 
-# --------------------------------------------------------------------------------------------------------- translation
+# ------------------------------------------------------------------------------------ translation
+
 class Translation:
-    """Shifts. g = (down, right) in positions; G0 is a square window of the map, in its middle for g = 0.
+    """Shifts. g = (down, right) in positions; G0 is a square window of the map, in its middle
+    for g = 0.
 
-    Elements are the shifts that keep the window on the map, and T and Γ take only these; if circular, all shifts.
-    Distance: the larger of the two coordinates' distances. Raises a ValueError if the window does not fit the map.
+    Elements are the shifts that keep the window on the map; if circular, all shifts. Distance:
+    the larger of the two coordinates' distances.
 
     Args:
-        side, window: H = W of the feature map, and the side of the window, 1 to H; |G0| = window².
+        side: H = W of the feature map.
+        window: side of the window in positions, 1 to H; |G0| = window².
         stride: the encoder's, in pixels per position.
-        circular: what leaves the map on one side enters on the other, as with circular padding; else zeros enter.
+        circular: what leaves the map on one side enters on the other, as with circular padding;
+            else zeros enter.
     """
+
     def __init__(self, side, window, stride, circular=False):
         if not 1 <= window <= side:
-            raise ValueError(f"the window is {window}x{window} positions, but its side must be 1 to {side}, the map's")
-        self.side, self.window, self.stride, self.circular = side, window, stride, circular
-        self.corner = (side - window) // 2                                     # of the window at g = 0
+            raise ValueError(f"the window is {window} positions wide, but must have 1 to {side}")
+        if stride < 1:
+            raise ValueError(f"stride is {stride} pixels per position, but must be at least 1")
+        self.side = side
+        self.window = window
+        self.stride = stride
+        self.circular = circular
         # The window of Γ_g z is the window of z at corner - g.
-        first, last = (0, side - 1) if circular else (self.corner + window - side, self.corner)
-        steps, self.reach = torch.arange(first, last + 1), max(-first, last)
-        self.elements = torch.cartesian_prod(steps, steps)                                           # (M, 2)
+        self.corner = (side - window) // 2
+        first = self.corner + window - side
+        last = self.corner
+        if circular:
+            first = 0
+            last = side - 1
+        self.reach = max(-first, last)
+        steps = torch.arange(first, last + 1)
+        self.elements = torch.cartesian_prod(steps, steps)    # (M, 2)
 
     def T(self, g, x):
-        return crop(x, -g * self.stride, x.shape[-2:], self.stride * self.reach, self.circular)
+        check_images(x)
+        self.check_shifts(g, x)
+        return crop(x, -g * self.stride, x.shape[-2:], self.reach * self.stride, self.circular)
 
     def Γ(self, g, z):
-        return self._read(z, -g, self.side, self.reach)
+        return self.read(g, z, 0, self.side, margin=self.reach)
 
     def base(self, z):
-        kept = slice(self.corner, self.corner + self.window)
-        return z[..., kept, kept]
+        check_features(z, side=self.side)
+        window = slice(self.corner, self.corner + self.window)
+        return z[..., window, window]
 
-    def view(self, g, z):                                                                 # (B, C, G, window, window)
-        return self._read(z, self.corner - g, self.window)
+    def view(self, g, z):    # (B, C, G, window, window)
+        return self.read(g, z, self.corner, self.window)
 
     def distance(self, g1, g2):
         apart = (g1 - g2).abs()
@@ -143,208 +191,300 @@ class Translation:
             apart = torch.minimum(apart, self.side - apart)
         return apart.amax(-1)
 
-    def _read(self, z, corner, size, margin=0):
-        if z.shape[-2:] != (self.side, self.side):
-            raise ValueError(f"maps are {z.shape[-2]}x{z.shape[-1]}, but this group's are {self.side}x{self.side}")
-        return on_maps(z, lambda maps: crop(maps, corner, [size] * 2, margin, self.circular))
+    def read(self, g, z, corner, size, margin=0):
+        """The part of Γ_g z whose top left corner is (corner, corner): (B, C, G, size, size)."""
+        check_features(z, side=self.side)
+        self.check_shifts(g, z)
+        maps = fold_group(z)
+        maps = crop(maps, corner - g, (size, size), margin, self.circular)
+        return unfold_group(maps, z.shape[2])
+
+    def check_shifts(self, g, x):
+        """Circular shifts repeat, so that any integers name one; others must be among the
+        elements."""
+        if self.circular:
+            check_elements(g, (len(x), 2))
+        else:
+            check_elements(g, (len(x), 2), self.elements.min(), self.elements.max())
 
 
-# ------------------------------------------------------------------------------------------------------------ rotation
+# --------------------------------------------------------------------------------------- rotation
+
 class Rotation:
-    """Turns by multiples of 360/G degrees, counter-clockwise. G0 is the first base_size orientations, at all positions.
+    """Turns by multiples of 360/G degrees, counter-clockwise. G0 is the first base_size
+    orientations.
 
-    Γ_g moves the fibers along the orientation axis, which is cyclic, and turns the map. Distance: steps on the circle.
-    Raises a ValueError if base_size is not 1 to the number of orientations.
+    Γ_g moves the fibers along the orientation axis, which is cyclic, and turns the map.
+    Distance: steps on the circle. A ValueError if base_size is not 1 to the number of
+    orientations.
     """
+
     def __init__(self, orientations, base_size=1):
         if not 1 <= base_size <= orientations:
-            raise ValueError(f"the base space has {base_size} orientations, but must have 1 to {orientations}")
-        self.orientations, self.base_size = orientations, base_size
-        self.elements = torch.arange(orientations)                                                   # (M,)
+            raise ValueError(f"the base space has {base_size} orientations, but must have 1 to "
+                             f"{orientations}")
+        self.orientations = orientations
+        self.base_size = base_size
+        self.elements = torch.arange(orientations)    # (M,)
 
     def T(self, g, x):
+        check_images(x, side=x.shape[-1])
+        check_elements(g, (len(x),))
         return rotate(x, g, self.orientations)
 
     def Γ(self, g, z):
-        return self._move(g, z, self.orientations)
+        return self.read(g, z, self.orientations)
 
     def base(self, z):
+        check_features(z, self.orientations, side=z.shape[-1])
         return z[:, :, :self.base_size]
 
-    def view(self, g, z):                                                                 # (B, C, base_size, H, W)
-        return self._move(g, z, self.base_size)
+    def view(self, g, z):    # (B, C, base_size, H, W)
+        return self.read(g, z, self.base_size)
 
     def distance(self, g1, g2):
         apart = (g1 - g2).abs()
         return torch.minimum(apart, self.orientations - apart)
 
-    def _move(self, g, z, count):
-        """The first count orientations of Γ_g z: (Γ_g z)(k, u) = z(k - g, u turned back)."""
-        source = (torch.arange(count, device=z.device) - g[:, None]) % self.orientations             # (B, count)
-        turn = lambda maps: rotate(maps, g, self.orientations, outside="border")
-        return on_maps(along_group(z, source, self.orientations), turn)
+    def read(self, g, z, count):
+        """The first count orientations k of Γ_g z: (Γ_g z)(k, u) = z(k - g, u turned back)."""
+        check_features(z, self.orientations, side=z.shape[-1])
+        check_elements(g, (len(z),))
+        source = torch.arange(count, device=z.device) - g[:, None]    # (B, count)
+        moved = pick(z, source % self.orientations)
+        maps = rotate(fold_group(moved), g, self.orientations, outside="border")
+        return unfold_group(maps, count)
 
 
-# --------------------------------------------------------------------------------------------------------------- scale
+# ------------------------------------------------------------------------------------------ scale
+
 class Scale:
-    """Enlargements by step**g about the centre. G0 is the middle base_size scales, at all positions.
+    """Enlargements by step**g about the centre. G0 is the middle base_size scales, at all
+    positions.
 
-    Γ_g moves the fibers along the scale axis and enlarges the map. The axis ends, and what enters from beyond is not a
-    view, so elements are those g whose views read existing scales only. Distance: the difference of exponents. step is
-    the ratio of neighbouring scales, above 1. Raises a ValueError if base_size is not 1 to the number of scales.
+    Γ_g moves the fibers along the scale axis and enlarges the map. The axis ends, and what
+    enters from beyond is not a view, so elements are those g whose views read existing scales
+    only. Distance: the difference of exponents. step is the ratio of neighbouring scales.
+    Raises a ValueError unless step is finite and above 1, and base_size is 1 to the number of
+    scales.
     """
+
     def __init__(self, scales, step, base_size=1):
         if not 1 <= base_size <= scales:
             raise ValueError(f"the base space has {base_size} scales, but must have 1 to {scales}")
-        self.scales, self.step, self.base_size, self.first = scales, step, base_size, (scales - base_size) // 2
-        self.elements = torch.arange(self.first + base_size - scales, self.first + 1)                # (M,)
+        if not 1 < step < math.inf:
+            raise ValueError(f"step, the ratio of neighbouring scales, is {step}, but must be "
+                             "finite and above 1")
+        self.scales = scales
+        self.step = step
+        self.base_size = base_size
+        self.first = (scales - base_size) // 2
+        self.elements = torch.arange(self.first + base_size - scales, self.first + 1)    # (M,)
 
     def T(self, g, x):
+        check_images(x)
+        self.check_exponents(g, x)
         return zoom(x, self.step ** g.double())
 
     def Γ(self, g, z):
-        return self._move(g, z, 0, self.scales)
+        return self.read(g, z, 0, self.scales)
 
     def base(self, z):
+        check_features(z, self.scales)
         return z[:, :, self.first:self.first + self.base_size]
 
-    def view(self, g, z):                                                                 # (B, C, base_size, H, W)
-        return self._move(g, z, self.first, self.base_size)
+    def view(self, g, z):    # (B, C, base_size, H, W)
+        return self.read(g, z, self.first, self.base_size)
 
     def distance(self, g1, g2):
         return (g1 - g2).abs()
 
-    def _move(self, g, z, first, count):
-        """Scales first, first + 1, ... of Γ_g z: (Γ_g z)(s, u) = z(s - g, u / step**g); zero beyond the axis."""
-        source = first + torch.arange(count, device=z.device) - g[:, None]                           # (B, count)
+    def read(self, g, z, first, count):
+        """Scales s = first, first + 1, ... of Γ_g z: (Γ_g z)(s, u) = z(s - g, u / step**g),
+        zero beyond."""
+        check_features(z, self.scales)
+        self.check_exponents(g, z)
+        source = first + torch.arange(count, device=z.device) - g[:, None]    # (B, count)
         exists = (source >= 0) & (source < self.scales)
-        moved = along_group(z, source.clamp(0, self.scales - 1), self.scales) * exists[:, None, :, None, None]
-        return on_maps(moved, lambda maps: zoom(maps, self.step ** g.double(), outside="border"))
+        moved = pick(z, source.clamp(0, self.scales - 1)) * exists[:, None, :, None, None]
+        maps = zoom(fold_group(moved), self.step ** g.double(), outside="border")
+        return unfold_group(maps, count)
+
+    def check_exponents(self, g, x):
+        check_elements(g, (len(x),), self.elements[0], self.elements[-1])
 
 
-# ------------------------------------------------------------------------------------------------------- A-SSL's crops
+# ---------------------------------------------------------------------------------- A-SSL's crops
+
 class Crops:
-    """A-SSL's counterpart of Translation's window: T_g cuts out the pixels that the window of Γ_g z stands on.
+    """A-SSL's counterpart of Translation's window: T_g cuts out the pixels that the window of
+    Γ_g z stands on.
 
-    The encoder sees only these, and all their features are the base space, so there is no Γ and no view. The crop size
-    is window · stride pixels, the largest displacement max_distance · stride. Arguments as for `Translation`.
+    The encoder sees only these, and all their features are the base space, so there is no Γ and
+    no view. The crop is window · stride pixels wide, the largest displacement max_distance ·
+    stride. Arguments as for `Translation`.
     """
+
     def __init__(self, side, window, stride, circular=False):
         self.shifts = Translation(side, window, stride, circular)
-        self.elements, self.distance = self.shifts.elements, self.shifts.distance
+        self.elements = self.shifts.elements
+        self.distance = self.shifts.distance
 
     def T(self, g, x):
-        s = self.shifts
-        return crop(x, (s.corner - g) * s.stride, [s.window * s.stride] * 2, circular=s.circular)
+        shifts = self.shifts
+        check_images(x, side=shifts.side * shifts.stride)
+        shifts.check_shifts(g, x)
+        size = shifts.window * shifts.stride
+        return crop(x, (shifts.corner - g) * shifts.stride, (size, size), circular=shifts.circular)
 
     def base(self, z):
+        check_features(z)
         return z
 
 
-# ---------------------------------------------------------------------------------- extension: ordinary augmentation
-def augment(x, generator=None):
-    """T_a x for square, normalised images x (B, C, H, W), a drawn for each: turned by up to 20 degrees, enlarged or
-    shrunk by up to a quarter, stretched, sheared, shifted by up to a thirteenth of the side, bent, and with noise of up
-    to 0.3 standard deviations. Background is 0. generator: on x's device.
+def make_group(name, group_size, base_size, side, stride, scale_step=1.41, circular=False,
+               crop=False):
+    """The group, by its name, that moves an encoder's features (B, C, G, side, side), G =
+    group_size.
+
+    base_size, stride, scale_step and circular are the groups' own arguments; crop: `Crops` for
+    translation.
     """
-    b, (height, width) = len(x), x.shape[-2:]
-    normal = dict(generator=generator, device=x.device, dtype=x.dtype)
-    angle, size, stretch, shear, *shift = (2 * torch.rand(6, b, **normal) - 1).unbind()
-    angle, row, column = angle * math.pi / 9, (0.22 * size + 0.1 * stretch).exp(), (0.22 * size - 0.1 * stretch).exp()
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    deform = torch.stack([column, 0.2 * shear, torch.zeros_like(row), row], 1).view(-1, 2, 2)
-    matrix = torch.cat([turn @ deform, 0.15 * torch.stack(shift, 1)[:, :, None]], 2)                 # (B, 2, 3)
-    bend = F.interpolate(0.08 * torch.randn(b, 2, 4, 4, **normal), (height, width), mode="bicubic")
-    grid = F.affine_grid(matrix, (b, 1, height, width), align_corners=False) + bend.movedim(1, -1)
-    noise = 0.3 * torch.rand(b, 1, 1, 1, **normal) * torch.randn(x.shape, **normal)
-    return F.grid_sample(x, grid, align_corners=False) + noise
+    if name == "rotation":
+        return Rotation(group_size, base_size)
+    if name == "scale":
+        return Scale(group_size, scale_step, base_size)
+    if name != "translation":
+        raise ValueError(f"group is {name!r}, but must be translation, rotation or scale")
+    if crop:
+        return Crops(side, base_size, stride, circular)
+    return Translation(side, base_size, stride, circular)
 
 
-def augmented(ssl_loss, passes=1, rank=0):
-    """`a_ssl_loss` or `h_ssl_loss` with T_a x in the place of every x that the encoder sees.
+# ---------------------------------------------------------------------------------- what must fit
 
-    H-SSL reads all views from one T_a x; A-SSL draws an a for each T_g x. With more passes the encoder sees each image
-    that often, and I is given all their views. Draws depend on torch's random state on the CPU and on the rank.
-    """
-    def loss(f, h, I, group, x, *g):
-        def seen(x):
-            seed = int(torch.randint(2**62, ())) + rank
-            with torch.autocast(x.device.type, enabled=False):                 # half precision moves pixels
-                x = augment(x, torch.Generator(x.device).manual_seed(seed))
-            return f(x)
-        x, *g = (torch.cat([given] * passes) for given in (x, *g))
-        return ssl_loss(seen, h, lambda *h: I(*(part for view in h for part in view.chunk(passes))), group, x, *g)
-    return loss
+def check_images(x, side=None):
+    """Raise a ValueError unless x is (B, C, H, W), with H = W = side if side is given."""
+    if x.ndim != 4 or side not in (None, x.shape[-1]) or side not in (None, x.shape[-2]):
+        sides = "H, W" if side is None else f"{side}, {side}"
+        raise ValueError(f"images must be (B, C, {sides}) for this group, "
+                         f"but these are {tuple(x.shape)}")
 
 
-# ------------------------------------------------------------------------------ moving many maps, each in its own way
-def read(x, index):
-    """Read positions of maps, for each image its own: x (B, C, H, W), index (B, n) into H·W -> (B, C, n)."""
-    return x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1))
+def check_features(z, group_size=None, side=None):
+    """Raise a ValueError unless z is (B, C, G, H, W), with this G and H = W = side if given."""
+    fits = z.ndim == 5
+    fits = fits and group_size in (None, z.shape[2])
+    fits = fits and (side is None or z.shape[-2:] == (side, side))
+    if not fits:
+        raise ValueError(f"features must be (B, C, G, H, W) with G = {group_size or 'any'} and "
+                         f"H = W = {side or 'any'} for this group, but these are {tuple(z.shape)}")
+
+
+def check_elements(g, shape, least=None, most=None):
+    """Raise a ValueError unless g are integers of this shape, from least to most if these are
+    given."""
+    if g.shape != shape or g.dtype != torch.int64:
+        raise ValueError(f"g must be integers (int64) {tuple(shape)}, one group element per image, "
+                         f"but is {g.dtype} {tuple(g.shape)}")
+    if least is not None and g.device.type == "cpu" and not ((g >= least) & (g <= most)).all():
+        raise ValueError(f"g must be elements of the group, {least} to {most}, but holds "
+                         f"{g.min()} to {g.max()}")
+
+
+# ---------------------------------------------------------- moving many maps, each in its own way
+
+def fold_group(z):
+    """(B, C, S, H, W) -> (B, S·C, H, W): all channels along the group axis as channels of one
+    map."""
+    return z.transpose(1, 2).flatten(1, 2)
+
+
+def unfold_group(maps, size):
+    """(B, S·C, H, W) -> (B, C, S, H, W) with S = size."""
+    return maps.unflatten(1, (size, -1)).transpose(1, 2)
+
+
+def pick(z, source):
+    """Pick places on the group axis, for each image its own: z (B, C, G, H, W), source (B, S)."""
+    first = torch.arange(len(z), device=z.device)[:, None] * z.shape[2]
+    places = (first + source).flatten()    # (B·S,), in the B·G places of all images
+    picked = z.transpose(1, 2).flatten(0, 1).index_select(0, places)    # (B·S, C, H, W)
+    return picked.unflatten(0, source.shape).transpose(1, 2)    # (B, C, S, H, W)
+
+
+def gather_positions(x, index):
+    """Read positions of maps, for each image its own: x (B, C, H, W), index (B, n) into H·W ->
+    (B, C, n)."""
+    index = index[:, None].expand(-1, x.shape[1], -1)
+    return x.flatten(2).gather(2, index)
 
 
 def crop(x, corner, size, margin=0, circular=False):
-    """Cut a window from each map: x (B, C, H, W), corner (B, 2) top left, size (h, w) -> (B, C, h, w).
+    """Cut a window from each map: x (B, C, H, W), corner (B, 2) top left, size (h, w) -> (B, C,
+    h, w).
 
-    Beyond the map lie the positions of its other side if circular, else zeros, up to margin positions away.
+    Beyond the map lie the positions of its other side if circular, else zeros, up to margin
+    positions away.
     """
-    if margin and not circular:
-        x, corner = F.pad(x, [margin] * 4), corner + margin
+    if margin > 0 and not circular:
+        x = F.pad(x, [margin] * 4)
+        corner = corner + margin
     height, width = x.shape[-2:]
-    rows = corner[:, :1] + torch.arange(size[0], device=x.device)                                    # (B, h)
-    columns = corner[:, 1:] + torch.arange(size[1], device=x.device)                                 # (B, w)
+    rows = corner[:, :1] + torch.arange(size[0], device=x.device)    # (B, h)
+    columns = corner[:, 1:] + torch.arange(size[1], device=x.device)    # (B, w)
     if circular:
-        rows, columns = rows % height, columns % width
-    index = (rows * width)[:, :, None] + columns[:, None, :]                                         # (B, h, w)
-    return read(x, index.flatten(1)).unflatten(2, tuple(size))
+        rows = rows % height
+        columns = columns % width
+    index = rows[:, :, None] * width + columns[:, None, :]    # (B, h, w)
+    window = gather_positions(x, index.flatten(1))
+    return window.unflatten(2, tuple(size))
 
 
 def rotate(x, g, orientations, outside="zeros"):
     """Turn square maps (B, C, H, H) counter-clockwise by g · 360/orientations degrees, g (B,).
 
-    Whole quarter turns permute positions, exactly; what remains of the angle is bilinear. outside: see `warp`.
+    Whole quarter turns permute positions, exactly; what remains of the angle is bilinear.
+    outside: see `warp`.
     """
     side = x.shape[-1]
-    if x.shape[-2] != side:
-        raise ValueError(f"only square maps can be turned, but these are {x.shape[-2]}x{side}")
-    quarters, rest = 4 * g // orientations % 4, 4 * g % orientations
+    quarters = 4 * g // orientations % 4
+    remainder = 4 * g % orientations
     positions = torch.arange(side * side, device=x.device).view(side, side)
-    turns = torch.stack([positions.rot90(q).flatten() for q in range(4)])                            # (4, H·H)
-    x = read(x, turns.index_select(0, quarters)).unflatten(2, (side, side))
-    if 4 % orientations:                                                       # else rest is always 0
-        angle = rest.double() * (math.pi / 2 / orientations)
-        cos, sin = angle.cos(), angle.sin()
-        turned = warp(x, torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1), outside)
-        x = torch.where((rest == 0)[:, None, None, None], x, turned)
-    return x
+    turns = torch.stack([positions.rot90(k).flatten() for k in range(4)])    # (4, H·H)
+    x = gather_positions(x, turns.index_select(0, quarters)).unflatten(2, (side, side))
+    if 4 % orientations == 0:
+        return x
+    angle = remainder.double() * (math.pi / 2 / orientations)
+    cos = angle.cos()
+    sin = angle.sin()
+    matrix = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
+    turned = warp(x, matrix, outside)
+    is_quarter = (remainder == 0)[:, None, None, None]
+    return torch.where(is_quarter, x, turned)
 
 
 def zoom(x, factor, outside="zeros"):
-    """Enlarge maps (B, C, H, W) about their centre by factor (B,), bilinearly. outside: see `warp`."""
-    return warp(x, torch.eye(2, device=x.device, dtype=factor.dtype) / factor[:, None, None], outside)
+    """Enlarge maps (B, C, H, W) about their centre by factor (B,), bilinearly. outside: see
+    `warp`."""
+    identity = torch.eye(2, device=x.device, dtype=factor.dtype)
+    return warp(x, identity / factor[:, None, None], outside)
 
 
 def warp(x, matrix, outside):
-    """Resample maps (B, C, H, W): the value at u is that at matrix @ u, u measured from the centre; matrix (B, 2, 2).
+    """Resample maps (B, C, H, W): the value at u is that at matrix @ u, u from the centre;
+    matrix (B, 2, 2).
 
-    outside: what lies beyond: "zeros" for images, "border" for features, where it shows what an empty background gives.
+    outside: what lies beyond: "zeros" for images, "border" for features, which go on as at the
+    border.
     """
-    matrix = matrix.to(torch.promote_types(x.dtype, torch.float32))            # half precision would be too coarse
-    row, column = (torch.arange(1 - n, n, 2, device=x.device, dtype=matrix.dtype) / n for n in x.shape[-2:])  # -1 to 1
-    grid = matrix[:, :, :1, None] * column + matrix[:, :, 1:, None] * row[:, None]                   # (B, 2, H, W)
-    return F.grid_sample(x.to(grid.dtype), grid.movedim(1, -1), padding_mode=outside, align_corners=False).to(x.dtype)
-
-
-def along_group(z, source, length):
-    """Pick places on the group axis, G = length, for each image its own: z (B, C, G, H, W), source (B, S)."""
-    if z.shape[2] != length:
-        raise ValueError(f"features have {z.shape[2]} places on the group axis, but this group has {length}")
-    row = torch.arange(len(z), device=z.device)[:, None] * z.shape[2] + source                       # into B·G
-    picked = z.transpose(1, 2).flatten(0, 1).index_select(0, row.flatten())                          # (B·S, C, H, W)
-    return picked.unflatten(0, source.shape).transpose(1, 2)
-
-
-def on_maps(z, move):
-    """Apply a map-to-map function to all channels along the group axis: (B, C, S, H, W) -> (B, C, S, H', W')."""
-    maps = move(z.transpose(1, 2).flatten(1, 2))                                                     # (B, S·C, H', W')
-    return maps.unflatten(1, (z.shape[2], -1)).transpose(1, 2)
+    # Half precision would be too coarse for positions, so autocast must not see a matrix product.
+    matrix = matrix.to(torch.promote_types(x.dtype, torch.float32))
+    height, width = x.shape[-2:]
+    row = torch.arange(1 - height, height, 2, device=x.device, dtype=matrix.dtype) / height
+    column = torch.arange(1 - width, width, 2, device=x.device, dtype=matrix.dtype) / width
+    from_column = matrix[:, :, 0, None, None] * column
+    from_row = matrix[:, :, 1, None, None] * row[:, None]
+    grid = (from_column + from_row).movedim(1, -1)    # (B, H, W, 2), -1 to 1
+    warped = F.grid_sample(x.to(grid.dtype), grid, padding_mode=outside, align_corners=False)
+    return warped.to(x.dtype)

@@ -1,156 +1,243 @@
-"""The detached classifier: one linear layer on the representation of a frozen encoder.
+"""From a frozen encoder to numbers: a linear classifier, the nearest neighbours, the effective
+rank.
 
     python probe.py RUN
 
-reads RUN/checkpoint.pt, which train.py wrote, trains the classifier, writes RUN/probe.json and prints the same.
+reads RUN/checkpoint.pt, which train.py wrote, measures its encoder and the random one that it
+started from, writes RUN/probe.json, and prints the same. The paper calls the linear classifier
+detached: it sends no gradient into the encoder. How it is trained the paper does not say.
 
     python probe.py RUN --features FILE.npz
 
-writes what the classifier would read, for use elsewhere: train_features and test_features (N, D), and, if the images
-have labels, train_labels and test_labels (N,). D runs over group elements, channels, rows and columns, in this order.
+writes what the classifier reads and does nothing else: train_features (N, D), train_labels (N,),
+train_files (N,), the same for test, and class_names. D runs over group elements, channels, rows and
+columns, in this order.
 
-Letters: N images, D numbers per representation, C channels, H W space, Q queries, K classes.
+Letters: N images or rows, M rows of the test split, D numbers per row, K classes, C channels,
+G group elements, H W space.
 """
-import copy
+import argparse
 import dataclasses
 import io
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
 import data as datasets
-import run
+import layers
 from hssl import readout
 
-PENALTIES = [10.0**(e / 2) for e in range(-2, -10, -1)]                        # L2 of the classifier's weights
+PENALTIES = np.logspace(-1, -4.5, 8).tolist()   # L2 of the linear classifier, strong to weak
+ENCODER_SETTINGS = """backbone group group_size widths image_shape kernel_size structure
+                      scale_step extent padding""".split()
 
 
-def processes():
-    """The rank of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+# ----------------------------------------------------------------------------- a run's files
+def write_whole(path, content):
+    """Write bytes to a temporary file beside path and rename it: path is never half written.
+
+    Raises an OSError if that fails; then the old content of path still stands.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from None
 
 
-def data_of(s, device, data_dir=None):
-    """The arguments of `data.load` for a run with settings s; data_dir in place of its own."""
-    return (s["dataset"], data_dir or s["data_dir"], device, s["train_images"], s["image_size"], s["validate"],
-            s["nuisance"], s["seed"])
+def read_checkpoint(path):
+    """Read a checkpoint to the CPU: a dict with at least encoder, a state, and settings, a dict.
+
+    Only tensors and plain values are read, so that no file can run code. Raises a ValueError, in
+    one line, if the file is missing, damaged, or not such a checkpoint.
+    """
+    try:
+        # torch.load compares no checksums.
+        damaged = zipfile.ZipFile(path).testzip()
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if damaged or not {"encoder", "settings"} <= checkpoint.keys():
+            raise ValueError("wrong checksum, or no encoder and settings in it")
+    except Exception as error:
+        # A damaged file can make the readers fail in any way.
+        raise ValueError(f"{path} is missing, damaged, or holds more than tensors and plain "
+                         f"values: {error!r:.200}") from None
+    return checkpoint
+
+
+def make_encoder(settings):
+    """A new encoder by a run's settings: the flags of train.py, and image_shape, [C, H]."""
+    return layers.make_encoder(**{name: settings[name] for name in ENCODER_SETTINGS})
+
+
+def load_encoder(folder, device="cpu"):
+    """The trained encoder of a run's folder, in evaluation mode, and the run's settings, a dict.
+
+    It takes images (B, C, H, W) as `data.Dataset.batch` normalises them, and gives features
+    (B, C', G, H', W'). Raises a ValueError, in one line, for a checkpoint that is missing, damaged
+    or does not fit.
+    """
+    path = f"{folder}/checkpoint.pt"
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint["settings"]
+    try:
+        # The weights that are drawn first do not count, so nor may their random numbers.
+        with torch.random.fork_rng(devices=()):
+            encoder = make_encoder(settings)
+        encoder.load_state_dict(checkpoint["encoder"])
+    except Exception as error:
+        # Foreign settings and states can fail in any way, too.
+        raise ValueError(f"{path} does not fit this program: {error!r:.200}") from None
+    return encoder.eval().to(device), settings
+
+
+def load_data(settings, device, data_dir=None, cache_dir=None):
+    """The data set of a run's settings; data_dir and cache_dir in place of its own folders."""
+    return datasets.load(
+        settings["dataset"],
+        data_dir or settings["data_dir"],
+        cache_dir or settings["cache_dir"],
+        device,
+        settings["train_images"],
+        settings["image_size"],
+        settings["validate"],
+        settings["seed"],
+    )
+
+
+# ----------------------------------------------------------------------------- features
+def precision(device, amp):
+    """The context of half precision that amp names: "float16", "bfloat16" or "off"."""
+    dtype = getattr(torch, amp, None)
+    return torch.autocast(torch.device(device).type, dtype, enabled=amp != "off")
+
+
+def batches(encoder, data, images):
+    """Normalised images, in the encoder's own type, by at most 1,000.
+
+    Batches differ by one image at most: a single image would give batch norm no variance.
+    """
+    like = next(encoder.parameters(), torch.empty(0))
+    index = torch.arange(len(images), device=images.device)
+    for chunk in index.tensor_split(math.ceil(len(images) / 1000)):
+        yield data.batch(images, chunk).to(like.dtype)
+
+
+def take_statistics(encoder, data, amp="off"):
+    """Let each batch norm take the mean and variance of all training images."""
+    images = data.train_images
+    with precision(images.device, amp):
+        update_bn(batches(encoder, data, images), encoder)
 
 
 @torch.no_grad()
-def extract(encoder, data, images, grid, amp="off", batch_size=1000):
-    """Represent images (N, C, H, W) uint8 by all maps of an encoder, averaged to grid x grid: (N, D) float32.
+def extract(encoder, data, images, grid, amp="off"):
+    """Features of images (N, C, H, W) uint8, by an encoder as it is, in the precision amp.
 
-    amp: the encoder's precision, as for `--amp`; what overflowed in it counts as 0. Several processes take an equal
-    share each, and all get the whole.
+    Returns its maps averaged to grid x grid, or whole if grid is 0, (N, D), and averaged over all
+    positions, (N, C'·G), in float32. Raises a ValueError if it does not give (B, C', G, H', W').
     """
-    n, (rank, world) = len(images), processes()
-    share = -(-n // world)                                                     # rounded up: a few images come twice
-    index = torch.arange(share, device=images.device) + share * rank
-    with run.precision(images.device, amp):
-        own = torch.cat([readout(encoder(data.batch(images, i % n)), grid).float() for i in index.split(batch_size)])
-    own = own.nan_to_num(0, 0, 0)                                              # or one would spoil every mean
-    if world == 1:
-        return own
-    shares = [torch.empty_like(own) for _ in range(world)]
-    dist.all_gather(shares, own)
-    return torch.cat(shares)[:n]
+    features = []
+    means = []
+    for batch in batches(encoder, data, images):
+        with precision(images.device, amp):
+            maps = encoder(batch)                                   # (B, C', G, H', W')
+        features.append(readout(maps.float(), grid))
+        means.append(readout(maps.float(), 1))
+    return torch.cat(features), torch.cat(means)
 
 
-# ------------------------------------------------------------------------------- what a representation says without it
+def hold_out(count):
+    """The numbers below count, shuffled alike in every run: a twentieth to hold out, the rest."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order.tensor_split([min(2000, math.ceil(count / 20))])
+
+
+def split_training(data):
+    """A Dataset to look at during a training, of training images only, the same for every seed.
+
+    A fifth of them, at most 10,000, is its training part, a twentieth, at most 2,000, its test.
+    """
+    total = len(data.train_images)
+    test, rest = hold_out(total)
+    train = rest[:min(10_000, math.ceil(total / 5))]
+    return dataclasses.replace(
+        data,
+        train_images=data.train_images[train],
+        train_labels=data.train_labels[train],
+        train_files=data.train_files[train],
+        test_images=data.train_images[test],
+        test_labels=data.train_labels[test],
+        test_files=data.train_files[test],
+    )
+
+
+# ----------------------------------------------------------------------------- measures
 def effective_rank(x):
-    """How many dimensions representations (N, D) really use: 1 to D. The exponential of the entropy of their singular
-    values, divided by the sum (Roy and Vetterli, 2007), after centring."""
+    """How many dimensions features (N, D) really use: 1 to D.
+
+    The exponential of the entropy of their singular values after centring (Roy and Vetterli, 2007).
+    """
     x = (x - x.mean(0)).double()
     values = torch.linalg.eigvalsh(x.T @ x).clamp_min(0).sqrt()
-    return torch.special.entr(values / values.sum().clamp_min(1e-30)).sum().exp().item()
-
-
-def spread(x):
-    """The standard deviation of each dimension of representations (N, D) scaled to length 1, averaged, times √D: 0
-    where all are alike, a collapse, up to 1 where they point everywhere alike (Chen and He, 2021, SimSiam)."""
-    return F.normalize(x, dim=1).std(0, correction=0).mean().item() * x.shape[1] ** 0.5
+    shares = values / values.sum().clamp_min(1e-300)
+    return torch.special.entr(shares).sum().exp().item()
 
 
 def neighbours(x, labels, queries, answers, classes, k=20, temperature=0.1):
-    """Top-1 in percent of a vote of the k nearest neighbours, weighted by exp(s/τ), s their cosine similarity after
-    centring (as Wu et al., 2018). x (N, D) with labels (N,); queries (Q, D) with labels answers (Q,)."""
-    mean, hits = x.mean(0), 0
+    """Top-1 in percent of a vote of the k nearest of x (N, D), for queries (M, D).
+
+    Near is a high cosine similarity s after centring; a vote weighs exp(s/τ) (Wu et al., 2018).
+    labels (N,) are below classes; answers (M,) may hold -1, which nothing matches.
+    """
+    mean = x.mean(0)
     x = F.normalize(x - mean, dim=1)
-    for query, answer in zip(queries.split(1000), answers.split(1000)):
-        s, nearest = (F.normalize(query - mean, dim=1) @ x.T).topk(min(k, len(x)))                     # (1000, k)
-        votes = s.new_zeros(len(s), classes).scatter_add(1, labels[nearest], (s / temperature).exp())
-        hits += (votes.argmax(1) == answer).sum()
-    return 100 * hits.item() / len(queries)
+    queries = F.normalize(queries - mean, dim=1)
+    similarity, nearest = (queries @ x.T).topk(min(k, len(x)))                      # (M, k)
+    # The nearest comes first. Without it the exponential overflows for a small temperature.
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    votes = weights.new_zeros(len(queries), classes)
+    votes.scatter_add_(1, labels[nearest], weights)
+    hits = votes.argmax(1) == answers
+    return 100 * hits.sum().item() / len(hits)
 
 
-def measures(x, labels, queries, answers, classes):
-    """`effective_rank` and `spread` of at most 10,000 representations, and the accuracy of `neighbours` among them if
-    there are labels (classes > 0); a dict. Arguments as for `neighbours`."""
-    x, labels = x[:10_000], labels[:10_000]
-    result = dict(effective_rank=round(effective_rank(x), 1), spread=round(spread(x), 3))
-    return dict(neighbours=round(neighbours(x, labels, queries, answers, classes), 2)) | result if classes else result
-
-
-def held_out(n):
-    """For measures on n training images alone: how many of the first serve as neighbours, a fifth or 10,000, and how
-    many of the last as queries, a twentieth or 2,000."""
-    return min(10_000, -(-n // 5)), min(2000, -(-n // 20))
-
-
-def few_labels(x, labels, x_test, test_labels, classes, seed=0):
-    """Top-1 in percent of a linear classifier that is given few labels: 1, 10 and 100 a class, mean over 10 draws.
-
-    Ridge regression to the one-hot labels, in closed form; of six penalties each draw takes the one that is best on the
-    last twentieth of x (N, D), which is not drawn from. Returns {"1": [mean, standard deviation], ...},
-    without the numbers that a class has too few images for.
-    """
-    generator, result, penalties = torch.Generator().manual_seed(seed), {}, [10.0**e for e in range(-1, 5)]
-    queries = held_out(len(x))[1]
-    x, labels, held, held_labels = x[:-queries], labels[:-queries], x[-queries:], labels[-queries:]
-    least = labels.bincount(minlength=classes).min() if len(x) else 0
-    for count in (count for count in (1, 10, 100) if count <= least):
-        top1 = []
-        for _ in range(10):
-            order = torch.randperm(len(x), generator=generator).to(x.device)
-            drawn = torch.cat([order[labels[order] == k][:count] for k in range(classes)])
-            mean = x[drawn].mean(0)
-            U, S, V = torch.linalg.svd(x[drawn] - mean, full_matrices=False)
-            target = U.T @ F.one_hot(labels[drawn], classes).to(x.dtype)                               # (rank, K)
-            weights = [V.T @ (target * (S / (S**2 + penalty))[:, None]) for penalty in penalties]      # (D, K) each
-            best = max(weights, key=lambda w: (((held - mean) @ w).argmax(1) == held_labels).sum().item())
-            top1.append(100 * (((x_test - mean) @ best).argmax(1) == test_labels).double().mean())
-        result[str(count)] = [round(value.item(), 2) for value in (torch.stack(top1).mean(), torch.stack(top1).std())]
-    return result
-
-
-# ------------------------------------------------------------------------------------------------------- the classifier
 def standardise(x, *others):
-    """x (N, D) with mean 0 and deviation 1 in every dimension, and others (M, D) moved and scaled alike."""
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
-    return [(a - mean) / std for a in (x, *others)]
+    """x (N, D) with mean 0 and deviation 1 in every dimension; others moved and scaled alike.
 
-
-def softmax_regression(x, labels, classes, penalty, start=None, iterations=1000, tolerance=1e-4):
-    """The linear classifier that minimises its mean cross-entropy on x (N, D) plus penalty/2 · ‖W‖², by L-BFGS.
-
-    W (D + 1, K) are weights and, in the last row, biases; start is where to begin. The objective curves upwards by at
-    least the penalty everywhere, so the minimum is at most ‖∇‖²/(2 · penalty) lower. It ends once this bound,
-    the gap, is within the tolerance, in nats, or after so many iterations: with penalties below 1e-4 float32 may not
-    get there. Returns W and the gap.
+    A dimension that carries nothing becomes 0: one that varies by no more than rounding does,
+    beside its own size, or beside the dimension that varies most.
     """
-    weights = x.new_zeros(x.shape[1] + 1, classes) if start is None else start.clone()
-    optimizer = torch.optim.LBFGS([weights.requires_grad_()], max_iter=min(10, iterations), tolerance_grad=0,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
+    mean = x.mean(0)
+    deviation = x.std(0, correction=0)
+    rounding = 1e-5 * mean.abs() + 1e-7 * deviation.max()
+    scale = torch.where(deviation > rounding, 1 / deviation, 0)
+    return [(array - mean) * scale for array in (x, *others)]
+
+
+@torch.enable_grad()
+def softmax_regression(x, labels, penalty, start, iterations=1000, tolerance=1e-4):
+    """Minimise the mean cross-entropy of scores x @ W plus penalty/2 · ‖W‖², from W = start (D, K).
+
+    The objective curves upwards by at least the penalty everywhere, so its minimum is at most
+    ‖∇‖²/(2 · penalty) lower. L-BFGS ends once this bound, the gap, is within the tolerance, in
+    nats, or after so many iterations: with penalties below 1e-4 float32 may not get there. Returns
+    W and the gap.
+    """
+    weights = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=10, line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weights[:-1] + weights[-1], labels) + penalty / 2 * weights.square().sum()
+        cross_entropy = F.cross_entropy(x @ weights, labels)
+        loss = cross_entropy + penalty / 2 * weights.square().sum()
         loss.backward()
         return loss
 
@@ -163,185 +250,175 @@ def softmax_regression(x, labels, classes, penalty, start=None, iterations=1000,
     return weights.detach(), gap
 
 
-@torch.no_grad()
-def score(weights, x, labels):
-    """Top-1 in percent and mean cross-entropy in nats of linear weights (D + 1, K) on x (N, D)."""
-    scores = x @ weights[:-1] + weights[-1]
-    return 100 * (scores.argmax(1) == labels).double().mean().item(), F.cross_entropy(scores, labels).item()
+def linear_classifier(x, labels, x_test, answers, classes):
+    """Top-1 in percent, on x_test (M, D), of a linear classifier trained on x (N, D).
 
-
-def assess(x, labels, x_test, test_labels, classes, iterations=1000, seed=0):
-    """All that is said of representations x (N, D) and x_test (M, D) with labels (N,) and (M,); a dict of
-
-        top1, train_top1    of the detached classifier, in percent; None if there are no labels (classes = 0)
-        train_loss, gap     its cross-entropy in nats, and how far above the minimum it can be (`softmax_regression`)
-        penalty             the L2 penalty that was chosen for it
-        few_labels          see there
-        neighbours, effective_rank, spread      `measures`, with the first 10,000 of x as neighbours
-        test_images, train_images, dimensions   M, N, D
-
-    The classifier is one linear layer on x, standardised by its mean and deviation. For each of eight L2 penalties it
-    is trained to the end; the one with the least cross-entropy on the last twentieth of x (at most 2,000), which it
-    was not trained on, is taken, and trained again on all of x. The paper states none of this.
+    From strong to weak, it takes the last L2 penalty before the cross-entropy rises on a twentieth
+    of x, at most 2,000 rows, that is held out; then it is trained on all of x. labels and answers
+    as for `neighbours`.
     """
-    queries = held_out(len(x))[1]
-    result = dict(top1=None, test_images=len(x_test), train_images=len(x), train_top1=None, dimensions=x.shape[1])
-    result |= measures(x, labels, x_test, test_labels, classes)
-    if not classes:
-        return result
-    x, x_test = standardise(x, x_test)
-    result["few_labels"] = few_labels(x, labels, x_test, test_labels, classes, seed)
+    # A last dimension of ones stands for the biases.
+    x, x_test = [F.pad(rows, (0, 1), value=1) for rows in standardise(x, x_test)]
+    held, fitted = hold_out(len(x))
+    weights = x.new_zeros(x.shape[1], classes)
+    least = math.inf
+    for penalty in PENALTIES:
+        # Each starts where the stronger one before it ended.
+        fit, _ = softmax_regression(x[fitted], labels[fitted], penalty, weights)
+        loss = F.cross_entropy(x[held] @ fit, labels[held]).item()
+        if loss > least:
+            break
+        least = loss
+        weights = fit
+        best = penalty
+    weights, _ = softmax_regression(x, labels, best, weights)
+    hits = (x_test @ weights).argmax(1) == answers
+    return 100 * hits.sum().item() / len(hits)
 
-    weights, least = None, math.inf
-    for penalty in PENALTIES:                                                  # from strong to weak, each from the last
-        weights, _ = softmax_regression(x[:-queries], labels[:-queries], classes, penalty, weights, iterations)
-        loss = score(weights, x[-queries:], labels[-queries:])[1]
-        if loss < least:
-            least, best = loss, (penalty, weights)
-    weights, gap = softmax_regression(x, labels, classes, *best, iterations)
-    (top1, _), (train_top1, train_loss) = score(weights, x_test, test_labels), score(weights, x, labels)
-    return result | dict(top1=round(top1, 3), train_top1=round(train_top1, 3), train_loss=round(train_loss, 5),
-                         penalty=best[0], gap=gap)
+
+def measure(x, labels, x_test, answers, classes):
+    """top1, neighbours and effective_rank of features, a dict; see `evaluate`."""
+    some = torch.cat(hold_out(len(x)))[:10_000]
+    rank = round(effective_rank(x[some]), 2)
+    result = dict(top1=None, neighbours=None, effective_rank=rank)
+    if classes:
+        result["top1"] = linear_classifier(x, labels, x_test, answers, classes)
+        result["neighbours"] = neighbours(x[some], labels[some], x_test, answers, classes)
+    return result
 
 
-def probe(encoder, data, grid=2, iterations=1000, amp="off", seed=0):
-    """Train the detached classifier on a frozen encoder, and measure it on the whole test split: what `assess` says.
+def evaluate(encoder, data, grid=2, amp="off", update_statistics=False):
+    """Measure a frozen encoder, images (B, C, H, W) -> features (B, C', G, H', W'); a dict of
 
-    The representations are computed once, in the precision amp. Several processes share this, and each trains the same
-    classifier. Raises an AssertionError if a parameter or a batch-norm buffer of the encoder moved.
+        top1                `linear_classifier`, in percent; None without two classes to tell apart
+        neighbours          `neighbours`, the same, among 10,000 training images at most
+        effective_rank      `effective_rank` of these training images
+        mean_top1, mean_neighbours, mean_effective_rank       the same
+        dimensions, train_images, test_images                 D, N, M
+        not_finite          how many rows were not finite, if any
+
+    The first three read its maps averaged to grid x grid, or all positions if grid is 0, the next
+    three the mean over all positions. With update_statistics every batch norm takes those of the
+    training images first (`take_statistics`). Training rows that are not finite are dropped, test
+    rows count as wrong. Modules keep their mode. Raises a ValueError for features of another shape,
+    and if no training row is finite.
     """
-    before, was_training = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}, encoder.training
-    encoder.eval()
-    x, x_test = (extract(encoder, data, images, grid, amp) for images in (data.train_images, data.test_images))
-    encoder.train(was_training)
-    after = encoder.state_dict()
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    if moved:
-        raise AssertionError(f"the encoder must stay frozen under the probe, but {', '.join(moved)} moved")
-    return assess(x, data.train_labels, x_test, data.test_labels, data.classes, iterations, seed)
+    modes = {module: module.training for module in encoder.modules()}
+    try:
+        if update_statistics:
+            take_statistics(encoder, data, amp)
+        encoder.eval()
+        train, train_means = extract(encoder, data, data.train_images, grid, amp)
+        test, test_means = extract(encoder, data, data.test_images, grid, amp)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+    # A mean over positions is finite only where every position is.
+    finite = train_means.isfinite().all(1)
+    test_finite = test_means.isfinite().all(1)
+    dropped = (~finite).sum().item()
+    wrong = (~test_finite).sum().item()
+    result = dict(dimensions=train.shape[1], train_images=len(train), test_images=len(test))
+    if dropped or wrong:
+        result["not_finite"] = dropped + wrong
+        print(f"features that are not finite: {dropped} training images are left out, "
+              f"{wrong} test images count as wrong", flush=True)
+    if not finite.any():
+        raise ValueError("no training image has finite features: there is nothing to measure")
+
+    labels = data.train_labels[finite]
+    answers = data.test_labels.where(test_finite, -1)
+    classes = labels.max().item() + 1           # 0 where all labels are -1
+    if classes and labels.min() == labels.max():
+        print("all training images are of one class: there is nothing to classify", flush=True)
+        classes = 0
+
+    measures = measure(train[finite], labels, test, answers, classes)
+    of_means = measures
+    if grid != 1:
+        of_means = measure(train_means[finite], labels, test_means, answers, classes)
+    for name, value in of_means.items():
+        result[f"mean_{name}"] = value
+    return measures | result
 
 
-def take_statistics(encoder, data, amp="off"):
-    """Let batch norm see all training images once, for trained and frozen encoders alike: its statistics become means
-    over chunks of at most 1,000 images. Several processes share the chunks, and end with the same."""
-    index = torch.arange(len(data.train_images), device=data.train_images.device)
-    chunks = index.tensor_split(math.ceil(len(index) / 1000))                  # no chunk of one image
-    rank, world = processes()
-    synced = any(isinstance(module, torch.nn.SyncBatchNorm) for module in encoder.modules())
-    own = [chunk.tensor_split(world)[rank] for chunk in chunks] if synced else chunks[rank::world]
-    with run.precision(index.device, amp):
-        update_bn((data.batch(data.train_images, i) for i in own), encoder)    # a mean over chunks
-    for name, value in encoder.state_dict().items():
-        if world > 1 and "running" in name and not synced:
-            dist.all_reduce(value.mul_(len(own) / len(chunks)))
+# ----------------------------------------------------------------------------- results
+def write_result(out, settings, result, frozen, epoch):
+    """Write OUT/probe.json: `evaluate`'s result with method, epoch and that of the frozen encoder.
 
-
-def watch(s, encoder, data):
-    """The `measures` of an encoder in training, with a run's settings s, on training images only; see `held_out`. Also
-    linear, the top-1 of a classifier with a fixed penalty, trained on the neighbours alone, if there are labels.
-
-    The encoder stays as it is: a copy takes batch norm's statistics from the neighbours.
+    Returns what was written, a dict.
     """
-    few, queries = held_out(len(data.train_images))
-    bank, asked = data.train_images[:few], data.train_images[-queries:]
-    labels, answers = data.train_labels[:few], data.train_labels[-queries:]
-    encoder = copy.deepcopy(encoder)
-    take_statistics(encoder, dataclasses.replace(data, train_images=bank), s["amp"])
-    x, asked = (extract(encoder.eval(), data, images, s["probe_grid"], s["amp"]) for images in (bank, asked))
-    result = measures(x, labels, asked, answers, data.classes)
-    if not data.classes:
-        return result
-    x, asked = standardise(x, asked)
-    weights, _ = softmax_regression(x, labels, data.classes, penalty=1e-3)
-    return dict(linear=round(score(weights, asked, answers)[0], 2)) | result
-
-
-def probe_frozen(s, encoder, data):
-    """The yardstick, before the first step of a run with settings s: statistics, then what `probe` says; a dict."""
-    take_statistics(encoder, data, s["amp"])
-    result = probe_as_set(s, encoder, data)
-    if processes()[0] == 0:
-        print("frozen encoder:", f"top-1 {result['top1']:.2f} %" if data.classes else "no labels", flush=True)
+    result = result | dict(method=settings["method"], epoch=epoch, frozen=frozen)
+    write_whole(f"{out}/probe.json", json.dumps(result).encode())
     return result
 
 
 def in_words(result):
-    """A result of `write_result` in a few lines, for people."""
-    titles = dict(top1=f"top-1 on {result['test_images']} test images", neighbours="20 nearest neighbours",
-                  effective_rank=f"effective rank of {result['dimensions']}", spread="spread")
-    lines = [] if result["top1"] is not None else ["no top-1: these images have no labels"]
-    for name, title in titles.items():
-        if result.get(name) is not None:
-            unit = " %" if name in ("top1", "neighbours") else ""
-            frozen, trained = (f"{r[name]:.2f}{unit}" for r in (result["frozen"], result))
-            lines.append(f"{title}: frozen {frozen}, {result['method']} {trained}")
-    return "\n".join(lines)
+    """The first measures of `evaluate` in a line for people; top-1 needs labels."""
+    words = []
+    for name in ("top1", "neighbours", "effective_rank"):
+        if result[name] is not None:
+            words.append(f"{name.replace('_', ' ')} {result[name]:.2f}")
+    return ", ".join(words)
 
 
-def probe_as_set(s, encoder, data):
-    """`probe` with a run's own settings s, a dict as for `run.build`; and held_out, what `watch` would say."""
-    result = probe(encoder, data, s["probe_grid"], s["probe_iterations"], s["amp"], s["seed"])
-    return result | dict(held_out=watch(s, encoder, data))
-
-
-def write_result(out, settings, encoder, data, frozen, epoch):
-    """Probe a run's encoder, now at the end of an epoch; returns a dict, which one process writes to OUT/probe.json.
-    frozen is the result of `probe_frozen`."""
-    result = probe_as_set(settings, encoder, data)
-    result |= dict(method=settings["method"], epoch=epoch, frozen_top1=frozen["top1"], frozen=frozen)
-    if processes()[0] == 0:
-        run.write_whole(Path(out) / "probe.json", json.dumps(result).encode() + b"\n")
-    return result
-
-
-def write_features(path, settings, encoder, data, dtype):
-    """Write the features and labels of both splits, see above; returns their shapes, a dict."""
-    arrays = {}
+def write_features(path, encoder, data, grid, amp):
+    """Write the features, labels and files of both splits, as the head of this file says."""
+    arrays = dict(class_names=np.array(data.class_names, dtype=str))
     for split in ("train", "test"):
-        images, labels = (getattr(data, f"{split}_{what}") for what in ("images", "labels"))
-        features = extract(encoder.eval(), data, images, settings["probe_grid"], settings["amp"])
-        arrays[f"{split}_features"] = features.cpu().numpy().astype(dtype)
-        if data.classes:
-            arrays[f"{split}_labels"] = labels.cpu().numpy()
+        images = getattr(data, f"{split}_images")
+        features, _ = extract(encoder, data, images, grid, amp)
+        arrays[f"{split}_features"] = features.cpu()
+        arrays[f"{split}_labels"] = getattr(data, f"{split}_labels").cpu()
+        arrays[f"{split}_files"] = getattr(data, f"{split}_files")
     content = io.BytesIO()
     np.savez(content, **arrays)
-    run.write_whole(path, content.getbuffer())
-    return {name: list(array.shape) for name, array in arrays.items()}
+    write_whole(path, content.getvalue())
 
 
-def parse(argv=None):
-    parser = run.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("run", help="a run's folder, the --out of train.py")
-    parser.add_argument("--data-dir", help="folder of the data sets (default: the run's own)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is a GPU)")
-    parser.add_argument("--features", metavar="FILE.npz", help="write features and labels there, and do nothing else")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the features written")
-    return parser.parse_args(argv)
-
-
-def main(args):
-    path, device = Path(args.run) / "checkpoint.pt", run.choose_device(args.device)
-    try:
-        checkpoint = run.load_checkpoint(path)
-        with run.fitting(path):
-            s = checkpoint["settings"]
-            chosen = data_of(s, device, args.data_dir)
-        data = datasets.load(*chosen)
-    except ValueError as error:
-        run.stop(error)
-    with run.fitting(path):
-        encoder, _ = run.build(s, *data.train_images.shape[1:3])
-        encoder.load_state_dict(checkpoint["encoder"])
+def probe_run(folder, device, data_dir, cache_dir, features):
+    """What the command does. Raises a ValueError or an OSError, in one line, for bad input."""
+    encoder, settings = load_encoder(folder)
+    amp = settings["amp"]
+    device = device or settings["device"]
+    if device != settings["device"]:
+        amp = "off"                             # The run's was chosen for another device.
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("PyTorch sees no GPU: use --device cpu")
+    torch.backends.fp32_precision = "ieee"      # GPUs would convolve in TF32.
     encoder.to(device)
-    if device != s["device"]:
-        s = s | dict(amp="off")                                                # that was chosen for another device
-    if s["amp"] == "off":
-        torch.backends.fp32_precision = "ieee"                                 # as in training
-    take_statistics(encoder, data, s["amp"])                                   # those of training are only running ones
-    if args.features:
-        return print(json.dumps(write_features(args.features, s, encoder, data, args.dtype)))
-    print(json.dumps(write_result(args.run, s, encoder, data, checkpoint["frozen"], checkpoint["epoch"])))
+    data = load_data(settings, device, data_dir, cache_dir)
+    grid = settings["probe_grid"]
+    if features:
+        take_statistics(encoder, data, amp)
+        write_features(features, encoder, data, grid, amp)
+        return
+
+    result = evaluate(encoder, data, grid, amp, update_statistics=True)
+    checkpoint = read_checkpoint(f"{folder}/checkpoint.pt")
+    frozen = checkpoint.get("frozen")
+    if not frozen:
+        torch.manual_seed(settings["seed"])
+        untrained = make_encoder(settings).to(device)
+        frozen = evaluate(untrained, data, grid, amp, update_statistics=True)
+    result = write_result(folder, settings, result, frozen, checkpoint.get("epoch"))
+    print(json.dumps(result))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(usage="python probe.py RUN [options]")
+    parser.add_argument("folder", metavar="RUN", help="a run's folder, the --out of train.py")
+    parser.add_argument("--data-dir", help="where the data set is (default: as in the run)")
+    parser.add_argument("--cache-dir", help="where decoded images are (default: as in the run)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: as in the run)")
+    parser.add_argument("--features", metavar="FILE.npz", help="write the features there, no more")
+    args = parser.parse_args(argv)
+    try:
+        probe_run(**vars(args))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"probe.py: {error}\n")
 
 
 if __name__ == "__main__":
-    run.call(main, parse())
+    main()

@@ -1,17 +1,21 @@
-"""Train an encoder by homomorphic self-supervised learning (H-SSL), or by one of the methods it is compared with.
+"""Train an encoder by homomorphic self-supervised learning, or by a method it is compared with.
 
-    python train.py                                                     glyphs on a laptop's CPU, 1 to 2 minutes
-    torchrun --nproc_per_node=8 train.py --dataset mnist                the paper's configuration
-    python train.py --dataset mnist --help                              every setting, with its default for MNIST
+    python train.py                                         glyphs, a minute on a laptop's CPU
+    torchrun --nproc_per_node=8 train.py --dataset mnist    the paper's configuration
 
-Exit status: 0 finished, 1 diverged, 2 bad input or no room to save, 143 or 130 saved and stopped by SIGTERM or SIGINT.
+Exit status: 0 finished, 1 diverged, 2 bad input or no room to save.
 
-Letters: b images of this process in a step, C channels, H W space, D numbers per projection, P pairs of elements.
+Letters: B images of this process in a step, C channels, H W space, D numbers per projection, P
+pairs of group elements.
 """
+import argparse
 import copy
+import io
 import json
 import math
 import os
+import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,328 +27,536 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data as datasets
 import probe
-import run
-from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, augmented, drawn_sets, h_ssl_loss, readout
+from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, h_ssl_loss, make_group, readout
 from lars import LARS
-from losses import Predictor, byol, move_target, multi_view_nt_xent, nt_xent, simsiam
+from losses import Predictor, byol, move_target, nt_xent, simsiam
 
-# Defaults that depend on data set and group; --help shows all in force. PAPER and its epochs are the paper's, but for
-# the trust coefficient, which it does not state; the README says why the others are what they are.
-PAPER = dict(group="translation", batch_size=4096, warmup_epochs=10, temperature=0.1, trust_coefficient=0.001)
-MNIST = dict(backbone="mnist", widths=[32, 63, 95], kernel_size=7, base_space=4, grid=0, probe_grid=2)
-RESIDUAL = dict(backbone="residual", widths=[16, 128, 256, 512], kernel_size=7, base_space=4, grid=4, probe_grid=1)
+# --------------------------------------------------------------------------------------- settings
+# The defaults by data set and, where they differ, by group. PAPER and its epochs are the paper's,
+# but for the trust coefficient, which it does not state; experiments/README.md says why the others
+# are what they are.
+
+PAPER = dict(batch_size=4096, warmup_epochs=10, temperature=0.1, trust_coefficient=0.001)
+TRIAL = dict(batch_size=256, warmup_epochs=1, temperature=0.5, trust_coefficient=0.03,
+             widths=[16, 32, 64], kernel_size=3, base_space=5)
+MNIST = dict(backbone="mnist", widths=[32, 63, 95], kernel_size=7, base_space=4, grid=2,
+             probe_grid=2)
+RESIDUAL = dict(backbone="residual", widths=[16, 128, 256, 512], kernel_size=7, base_space=4,
+                grid=4, probe_grid=1)
 DATASETS = {
-    "glyphs": MNIST | dict(group="rotation", epochs=8, batch_size=256, warmup_epochs=1, temperature=1.0,
-                           trust_coefficient=0.01, widths=[4, 8, 16]),
-    "mnist": PAPER | MNIST | dict(epochs=500),
-    "cifar10": PAPER | RESIDUAL | dict(epochs=1300),
-    "tiny-imagenet": PAPER | RESIDUAL | dict(epochs=1300, base_space=8),
-    "folder": PAPER | MNIST | dict(epochs=100, batch_size=256, trust_coefficient=0.01, grid=4, widths=[16, 32, 64],
-                                   kernel_size=5),
+    "glyphs": MNIST | TRIAL | dict(epochs=8),
+    "mnist": MNIST | PAPER | dict(epochs=500),
+    "cifar10": RESIDUAL | PAPER | dict(epochs=1300),
+    "tiny-imagenet": RESIDUAL | PAPER | dict(epochs=1300, base_space=8),
+    "folder": MNIST | TRIAL | dict(epochs=100, kernel_size=5, base_space=8, image_size=64),
 }
-GROUPS = dict(translation=dict(group_size=1), rotation=dict(group_size=4, base_space=1),
-              scale=dict(group_size=3, base_space=1))
+GROUPS = {
+    "translation": dict(group_size=1),
+    "rotation": dict(group_size=4, base_space=1),
+    "scale": dict(group_size=3, base_space=1),
+}
+
+
+# What a flag may be, its default, and what it means. A default of None is in the tables above, or
+# what stands in brackets.
+CHOICES = {
+    "dataset": (DATASETS, "glyphs", "drawn, downloaded, or your own (folder)"),
+    "method": (["h-ssl", "a-ssl", "frozen", "supervised"], "h-ssl",
+               "views from features, views from images, no training, or labels"),
+    "group": (GROUPS, "translation", "what views differ by"),
+    "structure": (["group", "none"], "group", "none: the same activations, untied weights"),
+    "objective": (["nt-xent", "simsiam", "byol"], "nt-xent", "what compares the views"),
+    "backbone": (["mnist", "residual"], None, "three layers, or SESN's residual network"),
+    "padding": (["zeros", "circular"], "zeros", "of the convolutions, and of shifted images"),
+    "device": (["cpu", "cuda"], None, "where to train (cuda if there is a GPU)"),
+    "amp": (["float16", "bfloat16", "off"], None,
+            "half precision (float16 on cuda, off on cpu); on a CPU bfloat16 is 3 to 4 times as "
+            "fast with AMX (lscpu | grep amx_bf16), but may be ten times slower without"),
+}
+# The least that a number may be, its default, and what it means; the type is that of the least.
+NUMBERS = {
+    "epochs": (1, None, "passes over the training images"),
+    "batch-size": (2, None, "images per step, over all processes"),
+    "lr": (0.0, 0.1, "peak learning rate of LARS"),
+    "warmup-epochs": (0.0, None, "linear warm-up, by step"),
+    "weight-decay": (0.0, 1e-4, "of weights, not of vectors"),
+    "momentum": (0.0, 0.9, "of LARS"),
+    "trust-coefficient": (0.0, None, "of LARS"),
+    "temperature": (1e-6, None, "τ of NT-Xent"),
+    "seed": (0, 0, "of weights, order of images and views"),
+    "train-images": (2, None, "how many to use, drawn by --seed (all)"),
+    "validate": (1, None, "how many training images to hold out in place of the test images"),
+    "image-size": (4, None, "side in pixels of your own images"),
+    "save-every": (1, 10, "epochs between checkpoints"),
+    "log-every": (1, 10, "steps between lines of log.jsonl"),
+    "eval-every": (1, None, "epochs between looks at accuracy and rank (never)"),
+    "group-size": (1, None, "orientations or scales of the encoder"),
+    "extent": (1, None, "how many of them a filter spans (rotation: all, scale: 1)"),
+    "scale-step": (1.0, 1.41, "ratio of neighbouring scales"),
+    "kernel-size": (1, None, "side of the filters in pixels"),
+    "base-space": (1, None, "size of G0: positions a side, orientations or scales"),
+    "max-distance": (1, None, "largest topographic distance of two views (no limit)"),
+    "grid": (0, None, "average each map of a view to N x N cells for the head; 0 keeps all"),
+    "probe-grid": (0, None, "the same for the detached classifier"),
+}
+# What may change when a run is resumed.
+FREE = "resume out data_dir cache_dir device save_every log_every eval_every".split()
 
 
 def parse(argv=None):
     """Read the command line (argv, or the program's own); returns the settings."""
-    p = run.Parser(description=__doc__.split("\n")[0], add_help=False, allow_abbrev=False)
-    p.add_argument("--dataset", choices=DATASETS, default="glyphs", help="drawn, downloaded, or your own (folder)")
-    p.add_argument("--image-size", type=run.number(int, 4), metavar="S", help="folder: side of an image (default: 64)")
-    p.add_argument("--group", choices=GROUPS, help="what views differ by (default: %(default)s)")
-    p.add_argument("--backbone", choices=("mnist", "residual", "resnet18"), help="(default: %(default)s)")
-    known, _ = p.parse_known_args(argv)
-    defaults = DATASETS[known.dataset]
-    p.set_defaults(group=defaults["group"], backbone=defaults["backbone"])
-    side = known.image_size or 64 if known.dataset == "folder" else datasets.SHAPES[known.dataset][1]
-    if known.dataset == "folder":
-        p.set_defaults(image_size=side)
-        defaults = defaults | dict(base_space=side // 8 or 1)                  # half the feature map's side, as below
-    defaults = defaults | GROUPS[known.group or defaults["group"]]
-    if known.backbone == "resnet18":
-        defaults |= dict(base_space=side // (16 if side <= 64 else 64) or 1, grid=0)
-    p.add_argument("--help", action="help", help="show this and the defaults in force for --dataset and --group")
-
-    def add(flag, help, default=None, **options):
-        default = defaults.get(flag[2:].replace("-", "_"), default)
-        help += "" if default is None else " (default: %(default)s)"
-        p.add_argument(flag, help=help, default=default, **options)
-
-    count, cells, positive = run.number(int, 1), run.number(int, 0), run.number(float, 0, above=True)
-    add("--method", choices=("h-ssl", "a-ssl", "frozen", "supervised"), default="h-ssl",
-        help="views from features, views from images, no training, or labels")
-    add("--structure", choices=("group", "none"), default="group", help="none: same activations, untied weights")
-    add("--epochs", type=count, help="passes over the training images")
-    add("--batch-size", type=run.number(int, 2), help="images per step, over all processes")
-    add("--lr", type=positive, default=0.1, help="peak learning rate of LARS")
-    add("--lr-per-256", action="store_true", default=False, help="multiply --lr by batch-size / 256")
-    add("--warmup-epochs", type=run.number(float, 0), help="linear warm-up, by step")
-    add("--weight-decay", type=run.number(float, 0), default=1e-4, help="of weights with more than one dimension")
-    add("--momentum", type=run.number(float, 0), default=0.9, help="of LARS")
-    add("--trust-coefficient", type=positive, help="of LARS")
-    add("--temperature", type=positive, help="τ of NT-Xent")
-    add("--seed", type=run.number(int, 0), default=0, help="of weights, order of images and views")
+    table = "defaults by data set, then by group:"
+    for name, values in (DATASETS | GROUPS).items():
+        table += f"\n  {name}: {values}"
+    parser = argparse.ArgumentParser(
+        usage="train.py [--dataset NAME] [--method NAME] [--group NAME] [--FLAG VALUE ...]",
+        epilog=table,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    for name, (choices, default, meaning) in CHOICES.items():
+        add(f"--{name}", choices=list(choices), default=default, help=meaning)
+    for name, (least, default, meaning) in NUMBERS.items():
+        add(f"--{name}", type=type(least), default=default, metavar="N", help=meaning)
+    add("--widths", type=int, nargs="+", metavar="C", help="channels of the 3 or 4 stages")
+    add("--head-widths", type=int, nargs=2, default=[512, 128], help="of the head: hidden, output")
+    add("--crop", action="store_true", help="a-ssl, translation: views are crops of the images")
     add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
-    add("--train-images", type=run.number(int, 2), help="use only N training images, drawn by --seed (default: all)")
-    add("--validate", type=count, metavar="N", help="hold out the last N training images in place of the test split")
-    add("--nuisance", choices=datasets.NUISANCES, help="each image turned, shrunk, or anywhere on a larger canvas")
-    add("--out", help="the run's folder (default: runs/DATASET-METHOD-GROUP-SEED)")
-    add("--resume", action="store_true", default=False, help="continue the run in --out, if there is one")
-    add("--save-every", type=count, default=10, help="epochs between checkpoints")
-    add("--log-every", type=count, default=10, help="steps between lines of log.jsonl")
-    add("--eval-every", type=count, help="epochs between looks at accuracy, neighbours and rank (default: never)")
-    add("--amp", choices=("float16", "bfloat16", "off"), help="half precision (default: float16 on cuda, off on cpu)")
-    add("--device", choices=("cpu", "cuda"), help="where to train (default: cuda if there is a GPU)")
-    # The encoder
-    add("--depth", type=count, default=16, help="layers of the residual network, 6n + 4")
-    add("--checkpoint-activations", action="store_true", default=False, help="residual: less memory, a third more work")
-    add("--widths", type=count, nargs="+", metavar="C", help="channels of its 3 (mnist) or 4 (residual) stages")
-    add("--group-size", type=count, help="orientations or scales of the encoder")
-    add("--extent", type=count, help="how many of them a filter spans (default: all for rotation, 1 for scale)")
-    add("--kernel-size", type=count, help="side of the filters in pixels")
-    add("--effective-size", type=count, help="Hermite orders (default: by group and kernel size)")
-    add("--sigma", type=positive, help="(smallest) width of the filters in pixels (default: by group and kernel size)")
-    add("--scale-step", type=run.number(float, 1, above=True), default=1.41, help="ratio of neighbouring scales")
-    add("--padding", choices=("zeros", "circular"), default="zeros", help="of the convolutions, and of shifted images")
-    # Objective, views, projection head, detached classifier
-    add("--objective", choices=("nt-xent", "simsiam", "byol"), default="nt-xent", help="what compares the views")
-    add("--target-decay", type=run.number(float, 0), default=0.99, help="of BYOL's averages at the start; 1 at the end")
-    add("--views", type=run.number(int, 2), default=2, help="views of each image; more than two need nt-xent")
-    add("--augment", type=count, metavar="N", help="augment images as well; h-ssl reads views from N passes of each")
-    add("--crop", action="store_true", default=False, help="a-ssl, translation: views are crops, 4 pixels a position")
-    add("--base-space", type=count, help="size of G0: positions a side, orientations, or scales")
-    add("--max-distance", type=count, help="largest topographic distance of two views (default: no limit)")
-    add("--grid", type=cells, help="average each map of a view to N x N cells for the head; 0 keeps all")
-    add("--head-widths", type=count, nargs=2, default=[512, 128], metavar="D", help="of the head: hidden, output")
-    add("--probe-grid", type=cells, help="the same for the detached classifier")
-    add("--probe-iterations", type=count, default=1000, help="at most, of the detached classifier (L-BFGS)")
-    args = p.parse_args(argv)
+    add("--cache-dir", default="datasets", help="where decoded images are kept")
+    add("--out", help="the run's folder (runs/DATASET-METHOD-GROUP-SEED)")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one")
+    args = parser.parse_args(argv)
 
-    for wrong, message in (
-            (args.momentum >= 1, f"--momentum {args.momentum} must be below 1"),
-            (args.seed >= 2**63, f"--seed {args.seed} must be below 2**63"),
-            (args.target_decay > 1, f"--target-decay {args.target_decay} must be at most 1"),
-            (args.views > 2 and args.objective != "nt-xent", f"--views {args.views} needs --objective nt-xent"),
-            (args.views > 2 and args.max_distance, "--max-distance is for two views: leave out one of these flags"),
-            (args.augment and args.method not in ("h-ssl", "a-ssl"), "--augment is for --method h-ssl or a-ssl"),
-            ((args.augment or 1) > 1 and (args.method, args.objective) != ("h-ssl", "nt-xent"),
-             f"--augment {args.augment} needs --method h-ssl --objective nt-xent: other pairs take --augment 1"),
-            (args.crop and (args.method, args.group, args.structure) != ("a-ssl", "translation", "group"),
-             "--crop is for --method a-ssl --group translation --structure group: h-ssl has the base space instead")):
-        if wrong:
-            p.error(message)
-    args.device = run.choose_device(args.device)
-    args.amp = args.amp or ("float16" if args.device == "cuda" else "off")
-    args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.group}-{args.seed}"
+    for name, value in (DATASETS[args.dataset] | GROUPS[args.group]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, (least, _, _) in NUMBERS.items():
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and not least <= value < math.inf:
+            parser.error(f"--{name} is {value}, but must be a number of at least {least}")
+    if min(args.widths + args.head_widths) < 1:
+        parser.error("--widths and --head-widths must be at least 1")
+    if args.crop and (args.method, args.group, args.structure) != ("a-ssl", "translation", "group"):
+        parser.error("--crop is for --method a-ssl --group translation --structure group")
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA GPU, and PyTorch sees none: take --device cpu")
+    if args.amp is None:
+        args.amp = "float16" if args.device == "cuda" else "off"
+    if args.out is None:
+        args.out = f"runs/{args.dataset}-{args.method}-{args.group}-{args.seed}"
     return args
 
 
-# ------------------------------------------------------------------------------------------------------- the objective
-class Objective(nn.Module):
-    """Encoder, head and loss as one module, so that DistributedDataParallel sees one forward pass per step. others are
-    further modules of the loss: SimSiam's and BYOL's predictor, BYOL's target."""
-    def __init__(self, encoder, head, loss, others=(), after_step=lambda step: None):
+# --------------------------------------------------------------------------------- the objectives
+
+class SelfSupervised(nn.Module):
+    """Encoder, head and NT-Xent as one module, so that DistributedDataParallel sees one forward
+    pass.
+
+    ssl_loss is `h_ssl_loss` or `a_ssl_loss`.
+    """
+
+    def __init__(self, encoder, head, group, ssl_loss, temperature):
         super().__init__()
-        self.encoder, self.head, self.others = encoder, head, nn.ModuleDict(dict(others))
-        self.loss, self.after_step = loss, after_step
+        self.encoder = encoder
+        self.head = head
+        self.group = group
+        self.ssl_loss = ssl_loss
+        self.temperature = temperature
 
-    def forward(self, x, *given):
-        """x (b, C, H, W) and what the loss is given with it: g1 and g2, or labels for the supervised method."""
-        return self.loss(self.encoder, self.head, x, *given)
+    def forward(self, x, g1, g2):    # x: (B, C, H, W), g1 and g2: (B, ...)
+        return self.ssl_loss(self.encoder, self.head, self.compare, self.group, x, g1, g2)
+
+    def compare(self, h1, h2):    # (B, D) each
+        return nt_xent(h1, h2, self.temperature)
 
 
-def make_objective(args, encoder, group, data, total=1):
-    """Put the method's head and loss behind an encoder, on the CPU; total is the training's number of steps."""
-    # How wide the features are, from shapes alone: on the meta device nothing is computed.
-    f, x = copy.deepcopy(encoder).to("meta").eval(), torch.zeros(1, *data.train_images.shape[1:], device="meta")
-    z = f(group.T(group.elements[:1].to("meta"), x) if args.crop else x)
+class SimSiam(SelfSupervised):
+    """The same with SimSiam's objective and its predictor."""
+
+    def __init__(self, *args, dimensions, hidden):
+        super().__init__(*args)
+        self.predictor = Predictor(dimensions, hidden)
+
+    def compare(self, h1, h2):
+        return simsiam(self.predictor(h1), self.predictor(h2), h1, h2)
+
+
+class BYOL(SimSiam):
+    """The same with BYOL's objective, whose targets come from a slowly averaged copy."""
+
+    def __init__(self, *args, dimensions, hidden):
+        super().__init__(*args, dimensions=dimensions, hidden=hidden)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.target_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.targets = None
+
+    def forward(self, x, g1, g2):
+        with torch.no_grad():
+            self.ssl_loss(
+                self.target_encoder, self.target_head, self.keep_targets, self.group, x, g1, g2)
+        return super().forward(x, g1, g2)
+
+    def keep_targets(self, h1, h2):
+        self.targets = (h1, h2)
+
+    def compare(self, h1, h2):
+        return byol(self.predictor(h1), self.predictor(h2), *self.targets)
+
+    def after_step(self, step, total, decay=0.99):
+        move_target(self.target_encoder, self.encoder, decay, step, total)
+        move_target(self.target_head, self.head, decay, step, total)
+
+
+class Supervised(nn.Module):
+    """Encoder and linear classifier, and the cross-entropy of labels."""
+
+    def __init__(self, encoder, classifier, grid):
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = classifier
+        self.grid = grid
+
+    def forward(self, x, labels):    # x: (B, C, H, W), labels: (B,)
+        scores = self.classifier(readout(self.encoder(x), self.grid))
+        return F.cross_entropy(scores.float(), labels)
+
+
+def make_objective(args, encoder, group, data):
+    """Put the method's head and loss behind an encoder. A ValueError where the flags do not fit."""
+    x = data.batch(data.train_images[:1].cpu(), torch.tensor([0]))
+    if args.crop:
+        x = group.T(group.elements[:1], x)
+    with torch.no_grad():
+        z = encoder.eval()(x)
+    encoder.train()
+    if max(args.grid, args.probe_grid) > z.shape[-1]:
+        raise ValueError(f"--grid and --probe-grid must be at most {z.shape[-1]}, the maps' side")
     if args.method in ("supervised", "frozen"):
-        classifier = nn.Linear(readout(z, args.probe_grid).shape[1], max(1, data.classes))
-        return Objective(encoder, classifier,
-                         lambda f, h, x, labels: F.cross_entropy(h(readout(f(x), args.probe_grid)), labels))
+        width = readout(z, args.probe_grid).shape[1]
+        return Supervised(encoder, nn.Linear(width, max(1, data.classes)), args.probe_grid)
 
-    ssl_loss = {"h-ssl": h_ssl_loss, "a-ssl": a_ssl_loss}[args.method]
-    if args.augment:
-        ssl_loss = augmented(ssl_loss, args.augment, probe.processes()[0])
-    (hidden, out), width = args.head_widths, readout(group.base(z), args.grid).shape[1]
+    ssl_loss = h_ssl_loss if args.method == "h-ssl" else a_ssl_loss
+    hidden, out = args.head_widths
+    width = readout(group.base(z), args.grid).shape[1]
     head = ProjectionHead(width, hidden, out, args.grid, norm=args.objective != "nt-xent")
-    if args.objective == "nt-xent":
-        loss = nt_xent if args.views * (args.augment or 1) == 2 else multi_view_nt_xent
-        I, others = lambda *h: loss(*h, temperature=args.temperature), {}
-    else:
-        q = Predictor(out, hidden)
-        I, others = lambda h1, h2: simsiam(q(h1), q(h2), h1, h2), dict(predictor=q)
-    if args.objective != "byol":
-        return Objective(encoder, head, lambda f, h, x, *g: ssl_loss(f, h, I, group, x, *g), others)
-
-    online = nn.ModuleList([encoder, head])
-    others["target"] = target = copy.deepcopy(online).requires_grad_(False)
-
-    def byol_loss(f, h, x, *g):
-        with torch.no_grad(), torch.random.fork_rng(devices=()):               # with --augment both draw the same T_a
-            t1, t2 = ssl_loss(*target, lambda *views: views, group, x, *g)                    # (b, D) each
-        return ssl_loss(f, h, lambda h1, h2: byol(q(h1), q(h2), t1, t2), group, x, *g)
-    return Objective(encoder, head, byol_loss, others,
-                     after_step=lambda step: move_target(target, online, args.target_decay, step, total))
+    common = (encoder, head, group, ssl_loss, args.temperature)
+    if args.objective == "simsiam":
+        return SimSiam(*common, dimensions=out, hidden=hidden)
+    if args.objective == "byol":
+        return BYOL(*common, dimensions=out, hidden=hidden)
+    return SelfSupervised(*common)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
 def schedule(step, warmup, total):
-    """Factor on the learning rate: a linear warm-up over the first steps, then a cosine to zero (the paper's)."""
+    """Factor on the learning rate: a linear warm-up over the first steps, then a cosine to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def join_processes(args):
-    """One process under python, several under torchrun: rank, rank on this machine, their number, device, CPU group."""
-    defaults = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
-    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in defaults.items())
-    if args.batch_size % world:
-        run.stop(f"--batch-size {args.batch_size} cannot be shared by {world} processes: take a multiple of {world}")
-    cuda, device, together = args.device == "cuda", torch.device(args.device), None
-    if cuda:
+# --------------------------------------------------------------------------------- the processes
+
+def start_processes(args):
+    """One process under python, several under torchrun.
+
+    Returns the rank, the rank on this machine, the number of processes, the device, and a group of
+    all processes that waits for a day, for what the first process does alone.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world or args.batch_size < 2 * world:
+        raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
+                         "take a multiple that leaves each two images or more")
+    device = torch.device(args.device)
+    backend = "gloo"
+    if args.device == "cuda":
         if local_rank >= torch.cuda.device_count():
-            run.stop(f"torchrun needs a GPU per process, and there are {torch.cuda.device_count()}: start fewer "
-                     "processes, or take --device cpu")
+            raise ValueError(f"each process needs a GPU, and there are {torch.cuda.device_count()}:"
+                             " start fewer processes, or take --device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True                                  # shapes stay, so a search is worth it
+        torch.backends.cudnn.benchmark = True    # shapes stay, so a search is worth it
+        backend = "nccl"
     if args.amp == "off":
-        torch.backends.fp32_precision = "ieee"                                 # or GPUs would convolve in TF32
+        torch.backends.fp32_precision = "ieee"    # or GPUs would convolve in TF32
+    patient = None
     if "RANK" in os.environ:
-        # After a restart torchrun's store still holds the addresses of the processes before (pytorch issue 135712). The
-        # processes of one machine count restarts alike, which tells them apart; for several see experiments/README.md.
-        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
-        store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
-                                device_id=device if cuda else None)
-        together = dist.new_group(backend="gloo", timeout=timedelta(days=1))   # patient with a chief that downloads
+        dist.init_process_group(backend)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    return rank, local_rank, world, device, patient
+
+
+def wait(patient):
+    if patient is not None:
+        dist.barrier(patient)
+
+
+def mean_over_processes(losses):
+    """Losses of this process -> a list of their means over all processes."""
+    losses = torch.stack(losses)
+    if dist.is_initialized():
+        dist.all_reduce(losses)
+        losses /= dist.get_world_size()
+    return losses.tolist()
+
+
+def end(message, status):
+    """End the program with one line; under torchrun it names the process."""
+    name = "train.py"
+    if "RANK" in os.environ:
+        name = f"train.py (process {os.environ['RANK']})"
+    print(f"{name}:", *str(message).split(), file=sys.stderr)
+    sys.exit(status)
+
+
+# -------------------------------------------------------------------------------- the run's folder
+
+def find_checkpoint(settings):
+    """The checkpoint that a run with these settings continues from, or None for a new run.
+
+    Raises a ValueError for a folder with other content, or a run with other settings or images.
+    """
+    out = Path(settings["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in out.iterdir()}
+    if names and not settings["resume"]:
+        raise ValueError(f"{out} is not empty: continue it with --resume, or take another --out")
+    if "checkpoint.pt" not in names:
+        if not names <= {"config.json", "log.jsonl", "checkpoint.pt.tmp", "log.jsonl.tmp"}:
+            raise ValueError(f"{out} holds other files, but no checkpoint.pt: take another --out")
+        return None
+    checkpoint = probe.read_checkpoint(out / "checkpoint.pt")
+    if "objective" not in checkpoint:
+        raise ValueError(f"{out / 'checkpoint.pt'} holds an encoder, but no training to continue")
+    for name, value in settings.items():
+        before = checkpoint["settings"].get(name)
+        if before != value and name not in FREE:
+            raise ValueError(f"{out} was made with {name} {before}, not {value}: take the same "
+                             "flags and images, or another --out")
+    return checkpoint
+
+
+def open_log(out, step):
+    """log.jsonl, without the lines that come after the checkpoint's step."""
+    path = out / "log.jsonl"
+    lines = []
+    if path.exists():
+        for line in path.read_text().splitlines(True):
+            # A line that was cut off comes after every checkpoint.
+            if line.endswith("}\n") and json.loads(line)["step"] <= step:
+                lines.append(line)
+    probe.write_whole(path, "".join(lines).encode())
+    return path.open("a", buffering=1)
+
+
+# --------------------------------------------------------------------------------------- training
+
+def prepare(args):
+    """All that bad input can stop, with a ValueError or an OSError."""
+    processes = start_processes(args)
+    rank, local_rank, world, device, patient = processes
+    # The first process may download and decode, then each machine's first, then the others.
+    turn = 2
+    if local_rank == 0:
+        turn = 1
     if rank == 0:
-        print(f"{torch.cuda.get_device_name(device) if cuda else 'CPU'}: {world} x {args.batch_size // world} images a "
-              f"step, half precision {args.amp}", flush=True)
-    return rank, local_rank, world, device, together
-
-
-def prepare(args, rank, local_rank, world, device, together):
-    """What bad input can stop, by a ValueError: data, encoder, group, objective, pairs of elements, run's folder."""
-    turn = 0 if rank == 0 else 1 if local_rank == 0 else 2                     # who may download, here or elsewhere
+        turn = 0
     for now in range(3):
         if now == turn:
-            data = datasets.load(*probe.data_of(vars(args), device))
-        if world > 1:
-            dist.barrier(together)
+            data = probe.load_data(vars(args), device)
+        wait(patient)
     if args.batch_size > len(data.train_images) and args.method != "frozen":
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(data.train_images)} training images")
-    if args.method == "supervised" and not data.classes:
-        raise ValueError(f"--method supervised needs labels: put the images into {args.data_dir}/train/CLASS/")
-    args.image_shape = channels, side = list(data.train_images.shape[1:3])     # for who loads the encoder without data
-    encoder, group = run.build(vars(args), channels, side)
-    if max(args.grid, args.probe_grid) > side // encoder.stride:
-        raise ValueError(f"--grid and --probe-grid must be at most {side // encoder.stride}, the feature map's side")
-    steps = max(1, len(data.train_images) // args.batch_size)                  # a last, incomplete batch is left out
-    objective = make_objective(args, encoder, group, data, args.epochs * steps).to(device)
-    equal = args.augment if args.method == "a-ssl" else args.method != "h-ssl"       # T_a alone may make views differ
-    pairs = allowed_pairs(group, args.max_distance, equal) if args.views == 2 else drawn_sets(group, args.views)
+        raise ValueError(f"--batch-size {args.batch_size} is more than the "
+                         f"{len(data.train_images)} training images")
+    if args.method == "supervised" and data.classes < 2:
+        raise ValueError("--method supervised needs labels of two classes or more")
+    args.image_shape = list(data.train_images.shape[1:3])
+    args.images_hash = data.digest()
 
-    checkpoint = [run.find_checkpoint(vars(args)) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(checkpoint, group=together)                 # all go on from what the chief read
+    # Loading may draw random numbers, so the seed is set after it.
+    torch.manual_seed(args.seed)
+    encoder = probe.make_encoder(vars(args))
+    side = args.image_shape[1] // encoder.stride
+    group = make_group(args.group, args.group_size, args.base_space, side, encoder.stride,
+                       args.scale_step, args.padding == "circular", args.crop)
+    objective = make_objective(args, encoder, group, data)
+    optimizer = LARS(
+        [parameter for parameter in objective.parameters() if parameter.requires_grad],
+        args.lr, args.momentum, args.weight_decay, args.trust_coefficient)
+    pairs = torch.zeros(1, 2, dtype=torch.int64)
+    if args.method in ("h-ssl", "a-ssl"):
+        pairs = allowed_pairs(group, args.max_distance)
+
+    found = [None]
     if rank == 0:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        config = json.dumps(vars(args) | dict(torch=torch.__version__, processes=world))
-        run.write_whole(Path(args.out) / "config.json", config.encode() + b"\n")
-    return data, group, objective, pairs, steps, checkpoint[0]
+        found = [find_checkpoint(vars(args))]
+        config = vars(args) | dict(torch=torch.__version__, processes=world)
+        probe.write_whole(f"{args.out}/config.json", json.dumps(config).encode())
+        name = torch.cuda.get_device_name(device) if args.device == "cuda" else "CPU"
+        print(f"{name}: {world} x {args.batch_size // world} images a step, half precision "
+              f"{args.amp}", flush=True)
+        if args.warmup_epochs >= args.epochs:
+            print(f"a warm-up of {args.warmup_epochs:g} of {args.epochs} epochs: the learning rate "
+                  f"never reaches {args.lr}", flush=True)
+    if patient is not None:
+        dist.broadcast_object_list(found, group=patient)
+    return processes, data, group, objective.to(device), optimizer, pairs, found[0]
 
 
 def main(args):
-    rank, local_rank, world, device, together = join_processes(args)
-    chief, cuda = rank == 0, device.type == "cuda"
-    torch.manual_seed(args.seed)
     try:
-        data, group, objective, pairs, steps, checkpoint = prepare(args, rank, local_rank, world, device, together)
-    except ValueError as error:
-        run.stop(error)
-    except OverflowError:
-        run.stop("--sigma, --scale-step and --group-size give filters beyond floating point: take smaller ones")
-    encoder, path, images = objective.encoder, Path(args.out) / "checkpoint.pt", len(data.train_images)
-    frozen = checkpoint["frozen"] if checkpoint else probe.probe_frozen(vars(args), encoder, data)
+        processes, data, group, objective, optimizer, pairs, checkpoint = prepare(args)
+    except (ValueError, OSError) as error:
+        end(error, 2)
+    rank, local_rank, world, device, patient = processes
+    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
+    count = len(data.train_images)
+    steps = max(1, count // args.batch_size)    # a last, incomplete batch is left out
+    epochs = 0 if args.method == "frozen" else args.epochs
+    warmup = round(args.warmup_epochs * steps)
+    total = epochs * steps
+    step = 0
+    skipped = 0
 
-    # ---- processes, optimizer, schedule, half precision
+    # All measures are taken by the first process, on a plain copy of the encoder.
+    plain = copy.deepcopy(objective.encoder)
+    held_out = probe.split_training(data)
+
+    def look(images):
+        plain.load_state_dict(objective.encoder.state_dict())
+        return probe.evaluate(plain, images, args.probe_grid, args.amp, update_statistics=True)
+
+    # ---- where to start
+    frozen = None
+    if checkpoint is not None:
+        objective.load_state_dict(checkpoint["objective"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        frozen = checkpoint["frozen"]
+        step = checkpoint["step"]
+        skipped = checkpoint["skipped"]
+    elif rank == 0:
+        frozen = look(data)
+        if args.eval_every is not None:
+            frozen["held_out"] = look(held_out)
+        print("frozen encoder:", probe.in_words(frozen), flush=True)
+    wait(patient)
     model = objective
     if dist.is_initialized():
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
-        model = DistributedDataParallel(model, device_ids=[local_rank] if cuda else None)
-        model.broadcast_buffers = False                                        # at each step: SyncBatchNorm's are equal
-    epochs = 0 if args.method == "frozen" else args.epochs
-    warmup, peak = round(args.warmup_epochs * steps), args.lr * (args.batch_size / 256 if args.lr_per_256 else 1)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = LARS(trained, peak, args.momentum, args.weight_decay, args.trust_coefficient)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, warmup, epochs * steps))
-    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
-    overflows = torch.zeros((), device=device)                                 # counted there, so that no step waits
-    optimizer.register_step_post_hook(lambda optimizer, *_: overflows.add_(getattr(optimizer, "found_inf", 0)))
+        device_ids = None
+        if args.device == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            device_ids = [local_rank]
+        model = DistributedDataParallel(model, device_ids)
 
-    # ---- where to start, and what a save does
-    parts, step, epoch_loss = run.parts_of(objective, optimizer, scheduler, scaler), 0, 0.0
-    if checkpoint:
-        with run.fitting(path):
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-            torch.set_rng_state(checkpoint["random"])                          # nothing below draws; extensions may
-            step, epoch_loss = int(checkpoint["step"]), float(checkpoint["epoch_loss"])
-            overflows.fill_(int(checkpoint["overflows"]))
-    log = run.Log(args, epochs, steps, step, epoch_loss, step if checkpoint else None, chief,
-                  watch=lambda: (probe.watch(vars(args), encoder, data), frozen["held_out"]))
+    path = Path(args.out) / "checkpoint.pt"
+    saved = f"the last checkpoint is of step {step}"
 
     def save():
-        if not all(p.isfinite().all() for p in model.parameters()):
-            log.diverged(f"the weights are not finite after step {step}")
-        if chief:
-            os.fsync(log.file.fileno())                                        # as safe as the checkpoint will be
-            run.save_checkpoint(path, parts, settings=vars(args), step=step, epoch=step // steps,
-                                epoch_loss=log.epoch_loss, overflows=int(overflows), frozen=frozen)
-        log.last_saved = step
+        nonlocal saved
+        for parameter in objective.parameters():
+            if not parameter.isfinite().all():
+                end(f"the weights are not finite after step {step}; {saved}; try a lower --lr", 1)
+        states = dict(
+            encoder=objective.encoder.state_dict(),
+            objective=objective.state_dict(),
+            optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict(),
+            settings=vars(args),
+            frozen=frozen,
+            step=step,
+            epoch=step // steps,
+            skipped=skipped,
+        )
+        if rank == 0:
+            content = io.BytesIO()    # torch.save to a file would hide a full disk
+            torch.save(states, content)
+            try:
+                probe.write_whole(path, content.getvalue())
+            except OSError as error:
+                end(f"{error}; {saved}; make room and go on with --resume", 2)
+        saved = f"the last checkpoint is of step {step}"
 
     # ---- training
-    elements, pairs, share = group.elements.to(device), pairs.to(device), args.batch_size // world
-    with run.Signals(together) as signals:
-        for epoch in range(step // steps, epochs):
-            order, choice = datasets.epoch_plan(images, len(pairs), args.seed, epoch, device)        # (N,) each
-            for i in range(step % steps, steps):
-                index = order[i * args.batch_size + rank * share:][:share]                           # (b,)
-                x = data.batch(data.train_images, index)                                             # (b, C, H, W)
-                g = elements[pairs[choice[index]]].unbind(1)                   # g1 and g2, each (b, ...)
-                given = [data.train_labels[index]] if args.method == "supervised" else g
+    if rank == 0:
+        log = open_log(path.parent, step)
+    elements = group.elements.to(device)
+    pairs = pairs.to(device)
+    share = args.batch_size // world
+    for epoch in range(step // steps, epochs):
+        order, choice = datasets.epoch_plan(count, len(pairs), args.seed, epoch, device)
+        losses = []
+        start = time.perf_counter()
+        for i in range(steps):
+            first = i * args.batch_size + rank * share
+            index = order[first:first + share]    # (B,)
+            x = data.batch(data.train_images, index)    # (B, C, H, W)
+            inputs = elements[pairs[choice[index]]].unbind(1)    # g1 and g2, (B, ...) each
+            if args.method == "supervised":
+                inputs = [data.train_labels[index]]
 
-                with run.precision(device, args.amp):
-                    loss = model(x, *given)
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                lr = scheduler.get_last_lr()[0]
-                scaler.step(optimizer)                                         # changes nothing where float16 overflows
-                scaler.update()
-                scheduler.step()
-                objective.after_step(step)                                     # BYOL's target follows
-                step += 1
+            lr = args.lr * schedule(step, warmup, total)
+            for parameter_group in optimizer.param_groups:
+                parameter_group["lr"] = lr
+            with probe.precision(device, args.amp):
+                loss = model(x, *inputs)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scale = scaler.get_scale()
+            scaler.step(optimizer)    # leaves the step out where float16 overflows,
+            scaler.update()    # and lowers the scale
+            if scaler.get_scale() < scale:
+                skipped += 1
+            if isinstance(objective, BYOL):
+                objective.after_step(step, total)
+            step += 1
 
-                received = signals.received_anywhere()
-                log.step(step, loss, lr, overflows, look=received)
-                if received or step % (steps * args.save_every) == 0:
-                    save()
-                if received:
-                    signals.leave(received, step, chief)
+            losses.append(loss.detach())
+            last = i + 1 == steps
+            if step % args.log_every == 0 or last:
+                means = mean_over_processes(losses)
+                for k, value in enumerate(means, step + 1 - len(means)):
+                    if not math.isfinite(value):
+                        end(f"the loss is {value} at step {k}; {saved}; try a lower --lr", 1)
+                seconds = time.perf_counter() - start
+                rate = round(len(means) * args.batch_size / seconds, 1)
+                line = dict(epoch=epoch + 1, step=step, loss=means[-1], lr=lr, skipped=skipped,
+                            images_per_second=rate)
+                if rank == 0:
+                    if last and args.eval_every and (epoch + 1) % args.eval_every == 0:
+                        line["held_out"] = look(held_out)
+                    log.write(json.dumps(line) + "\n")
+                losses = []
+                start = time.perf_counter()
+        wait(patient)
+        if rank == 0:
+            text = f"epoch {epoch + 1}/{epochs}  loss {means[-1]:.4f}  lr {lr:.4g}  {rate:,.0f} images/s"
+            if skipped > 0:
+                text += f"  {skipped} steps skipped"
+            if "held_out" in line:
+                text += f"  held out: {probe.in_words(line['held_out'])}"
+            print(text, flush=True)
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == epochs:
+            save()
 
-    # ---- the detached classifier on the trained encoder; all stay, for torchrun ends what outlasts the others
-    probe.take_statistics(encoder, data, args.amp)
-    save()
-    result = probe.write_result(args.out, vars(args), encoder, data, frozen, epochs)
-    if chief:
-        print(probe.in_words(result))
+    # ---- the detached classifier on the trained encoder, which takes the statistics it was given
+    if total > 0 and skipped == step:
+        end("float16 overflowed at every step, so nothing was trained: take another --amp", 1)
+    if rank == 0:
+        result = look(data)
+        objective.encoder.load_state_dict(plain.state_dict())
+        save()
+        probe.write_result(args.out, vars(args), result, frozen, epochs)
+        print("trained encoder:", probe.in_words(result))
+    wait(patient)
     if dist.is_initialized():
-        dist.barrier(together)
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run.call(main, parse())
+    main(parse())

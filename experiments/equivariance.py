@@ -1,87 +1,201 @@
-"""Measure how far each layer of trained encoders is from f(T_g x) = Γ_g f(x), before and after training.
+"""Measure after every layer of a network how far Eq. (1) is from holding: f(T_g x) = Γ_g f(x).
 
-    python experiments/equivariance.py RUN [RUN ...] [--images 200]
+    python experiments/equivariance.py                    fresh networks with SESN's filters
+    python experiments/equivariance.py RUN [RUN ...]      runs of train.py, before and after training
+    python experiments/equivariance.py MODULE:FUNCTION    a network of your own
 
-For layer l the error is ‖f_l(T_g x) - Γ_g f_l(x)‖ / ‖Γ_g f_l(x)‖ over test images x, averaged over all group elements g
-but the identity: 0 where Eq. (1) holds exactly, about 1.4 for unrelated features. Rotation and scale are compared on
-the base space, all that the head reads; translation on the whole map, so the zeros that enter at its border count.
-Writes experiments/results/equivariance_error.json and prints a table per run.
+MODULE is found in the current folder, and FUNCTION() returns a network, a group of hssl.py that
+moves its last layer's features, and images (B, C, H, W), normalised.
+
+The error of the first layers f, ‖f(T_g x) - Γ_g f(x)‖ / ‖Γ_g f(x)‖, is averaged over all elements g
+but the identity: 0 up to rounding is exact, about 1.4 is unrelated. Rotation and scale are compared
+on the base space, which is all that the head reads; translation on the whole map, with the zeros
+that enter at its border. A layer is left out where its features are no (B, C, G, H, W), for
+translation (B, C, H, W), or its map's side does not divide the image's. A network that is no
+nn.Sequential counts as one layer.
+
+Letters: B batch, C channels, G group elements, H W space, M elements that are measured.
 """
 import argparse
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from runs import load_run, run                                                 # first: it finds the project's modules
-from hssl import Crops, Translation, equivariance_error
-from layers import Untied
-from report import RESULTS
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-
-def elements_of(group):
-    """The group's elements but the identity; shifts by one position if there are no others, as with whole maps."""
-    elements = [g for g in group.elements if g.any()]
-    if not elements and not isinstance(group, (Translation, Crops)):
-        run.stop("the group has one element, the identity, so nothing moves: take a smaller base space")
-    return torch.stack(elements) if elements else torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]])
+import data as datasets    # noqa: E402
+import probe    # noqa: E402
+from hssl import Rotation, Scale, Translation, equivariance_error, make_group    # noqa: E402
+from layers import MNISTBackbone, Untied    # noqa: E402
 
 
-def on_layer(group, image_side, layer_side):
-    """The group as it moves a layer's map, and its elements but the identity. Shifts are counted in positions, of which
-    an earlier layer has more: there a shift of the same pixels has a larger g."""
-    elements = elements_of(group)
-    if isinstance(group, (Translation, Crops)):
-        shifts, stride = getattr(group, "shifts", group), image_side // layer_side
-        # window=1 allows the largest shifts
-        return Translation(layer_side, 1, stride, shifts.circular), elements * (shifts.stride // stride)
-    return group, elements
+def elements_but_identity(group):
+    """What is measured, (M, ...); shifts by one position where no others keep the window inside."""
+    elements = group.elements
+    moving = elements.reshape(len(elements), -1).any(1)
+    if moving.any():
+        return elements[moving]
+    if isinstance(group, Translation):
+        return torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]])
+    raise ValueError("the group has one element, the identity, so nothing moves: take a smaller "
+                     "base space")
+
+
+def layer_error(f, group, x):
+    """The mean error of f, images (B, C, H, W) to features (B, C', G, H', W'), or None if left out."""
+    elements = elements_but_identity(group)
+    z = f(x[:1])
+    if z.ndim != 5:
+        return None
+    if not isinstance(group, Translation):
+        return equivariance_error(f, group, x, elements, on_base=True).mean().item()
+
+    # An earlier layer has more positions, and the same pixels are more of them.
+    stride = x.shape[-1] // z.shape[-1]
+    if x.shape[-1] % z.shape[-1] or group.stride % stride:
+        return None
+    elements = elements * (group.stride // stride)
+    shifts = Translation(z.shape[-1], 1, stride, group.circular)    # window 1 allows all of these
+    return equivariance_error(f, shifts, x, elements).mean().item()
+
+
+class FirstLayers(nn.Module):
+    """Some layers, (B, C, H, W) -> (B, C', G, H', W') where their features have that shape."""
+
+    def __init__(self, layers, group, untied_size=None):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.group = group
+        self.untied_size = untied_size
+
+    def forward(self, x):
+        z = self.layers(x)
+        if self.untied_size is not None:
+            return z.squeeze(2).unflatten(1, (-1, self.untied_size))
+        if z.ndim == 4 and isinstance(self.group, Translation):
+            return z.unsqueeze(2)
+        return z
 
 
 @torch.no_grad()
-def layer_errors(encoder, group, x):
-    """Every layer's errors, {layer: one for each element but the identity}, on images x (B, C, H, W), in evaluation
-    mode. Layers without a map are left out; a network that is no nn.Sequential counts as one layer."""
-    untied, errors = isinstance(encoder, Untied), {}
-    network = encoder.network if untied else encoder
-    network = list(network) if isinstance(network, torch.nn.Sequential) else [network]
-    for count, layer in enumerate(network, 1):
-        first = torch.nn.Sequential(*network[:count]).eval()
-
-        def f(x):
-            z = first(x)
-            if untied:
-                return z.squeeze(2).unflatten(1, (-1, encoder.group_size))
-            return z[:, :, None] if z.ndim == 4 and shifts else z              # an ordinary network's map
-
-        shifts = isinstance(group, (Translation, Crops))
-        z = f(x[:1])
-        if z.ndim == 5:
-            moves, elements = on_layer(group, x.shape[-1], z.shape[-1])
-            errors[f"{count} {type(layer).__name__}"] = equivariance_error(f, moves, x, elements, on_base=not shifts)
+def layer_errors(network, group, x):
+    """The error after every layer in evaluation mode: {layer's name: error}."""
+    untied_size = None
+    if isinstance(network, Untied):
+        untied_size = network.group_size
+        network = network.network
+    layers = [network]
+    if isinstance(network, nn.Sequential):
+        layers = list(network)
+    errors = {}
+    for count, layer in enumerate(layers, 1):
+        f = FirstLayers(layers[:count], group, untied_size).eval()
+        error = layer_error(f, group, x)
+        if error is not None:
+            errors[f"{count} {type(layer).__name__}"] = error
     return errors
 
 
-def main():
-    p = run.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", nargs="+", help="folders of runs, the --out of train.py")
-    p.add_argument("--images", type=run.number(int, 1), default=200, help="test images, at most (default: %(default)s)")
-    p.add_argument("--data-dir", help="folder of the data sets (default: the run's own)")
-    p.add_argument("--results", default=str(RESULTS), help="folder of the JSON file (default: experiments/results)")
-    args = p.parse_args()
-    found = {}
-    for folder in map(Path, args.run):
-        settings, data, group, *objectives = load_run(folder, args.data_dir)
-        x = data.batch(data.test_images, torch.arange(min(args.images, len(data.test_images))))
-        before, after = ({layer: errors.mean().item() for layer, errors in layer_errors(o.encoder, group, x).items()}
-                         for o in objectives)
-        settings = {key: settings[key] for key in settings if key not in ("out", "data_dir")}
-        found[folder.name] = dict(before=before, after=after, settings=settings, torch=torch.__version__)
-        print(f"\n{folder.name}\n\n| layer | before training | after |\n| --- | --- | --- |")
-        for layer in before:
-            print(f"| {layer} | {before[layer]:.2g} | {after[layer]:.2g} |")
-    Path(args.results).mkdir(parents=True, exist_ok=True)
-    (Path(args.results) / "equivariance_error.json").write_text(json.dumps(found, indent=1) + "\n")
+def fresh_networks(images=200):
+    """Networks as they begin, on glyphs: {column: {layer: error}}.
+
+    Quarter turns by the untied network show what an error without any structure is.
+    """
+    data = datasets.load("glyphs", train_images=2000)
+    x = data.batch(data.test_images, torch.arange(images))
+    columns = {}
+    for title, network, group in [
+        ("translation", MNISTBackbone(), Translation(7, 4, 4)),
+        ("quarter turns", MNISTBackbone("rotation", 4), Rotation(4)),
+        ("turns by 45°", MNISTBackbone("rotation", 8), Rotation(8)),
+        ("scale 1.41", MNISTBackbone("scale", 3), Scale(3, 1.41)),
+        ("quarter turns, untied", Untied(MNISTBackbone(widths=(128, 252, 380)), 4), Rotation(4)),
+    ]:
+        probe.take_statistics(network, data)
+        columns[title] = layer_errors(network, group, x)
+    return columns
+
+
+def run_before_and_after(folder, data_dir, images):
+    """A run's encoder: {"before training": {layer: error}, "after": ...}."""
+    trained, settings = probe.load_encoder(folder)
+    data = probe.load_data(settings, "cpu", data_dir)
+    torch.manual_seed(settings["seed"])
+    fresh = probe.make_encoder(settings)    # with the weights that train.py began with
+    probe.take_statistics(fresh, data)
+    side = settings["image_shape"][1] // fresh.stride
+    group = make_group(settings["group"], settings["group_size"], settings["base_space"], side,
+                       fresh.stride, settings["scale_step"], settings["padding"] == "circular")
+    x = data.batch(data.test_images, torch.arange(min(images, len(data.test_images))))
+    before = layer_errors(fresh, group, x)
+    return {"before training": before, "after": layer_errors(trained, group, x)}
+
+
+def own_network(name):
+    """What MODULE:FUNCTION returns, measured: {name: {layer: error}}."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        network, group, x = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"{name} must name a function without arguments that returns a network, "
+                         f"a group and images: {error}") from None
+    return {name: layer_errors(network, group, x)}
+
+
+def print_table(columns):
+    print(f"\n| layer | {' | '.join(columns)} |\n{'| --- ' * (len(columns) + 1)}|")
+    layers = {layer: None for errors in columns.values() for layer in errors}    # in their order
+    for layer in layers:
+        cells = []
+        for errors in columns.values():
+            cells.append(f"{errors[layer]:.2g}" if layer in errors else "")
+        print(f"| {layer} | {' | '.join(cells)} |")
+
+
+def measure(names, data_dir, images):
+    """All the tables, {name: {column: {layer: error}}}; raises a ValueError for bad input."""
+    if not names:
+        torch.manual_seed(0)
+        return {"fresh": fresh_networks(images)}
+    tables = {}
+    for name in names:
+        if ":" in name and not Path(name).exists():
+            tables[name] = own_network(name)
+        else:
+            tables[Path(name).name] = run_before_and_after(name, data_dir, images)
+    return tables
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="RUN or MODULE:FUNCTION")
+    parser.add_argument("--images", type=int, default=200, help="test images, at most (200)")
+    parser.add_argument("--data-dir", help="where the data sets are (default: as in the run)")
+    parser.add_argument("--results", default=ROOT / "experiments/results", type=Path,
+                        help="folder of the JSON file (experiments/results)")
+    args = parser.parse_args(argv)
+    if args.images < 1:
+        parser.error(f"--images {args.images} must be at least 1")
+    try:
+        tables = measure(args.names, args.data_dir, args.images)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"equivariance.py: {error}\n")
+    for name, columns in tables.items():
+        print(f"\n{name}")
+        print_table(columns)
+
+    # Networks of one's own leave no file; the fresh ones have another than runs.
+    name = "equivariance_error.json" if args.names else "equivariance_fresh.json"
+    if not any(":" in name for name in args.names):
+        args.results.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(dict(torch=torch.__version__, tables=tables), indent=1) + "\n"
+        probe.write_whole(args.results / name, content.encode())
 
 
 if __name__ == "__main__":

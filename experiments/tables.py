@@ -1,181 +1,307 @@
-"""Train one table of the README: a list of runs of train.py, at one of three budgets, for every seed.
+"""Train a table of experiments/README.md: every row for every seed, each by train.py.
 
-    python experiments/tables.py NAME [--budget cpu] [--jobs 2]
+    python experiments/tables.py NAME [--budget cpu] [--seeds 0 1 2] [--jobs 2]
 
-    mnist, cifar10, tiny-imagenet               Table 1: frozen, A-SSL, H-SSL and supervised for each group
-    mnist-untied, cifar10-untied, ...           the same with the structure removed
-    base-space, distance                        H-SSL's parameters beside A-SSL's crop size and displacement
-    objectives                                  SimSiam and BYOL
-    nuisances                                   MNIST turned, shrunk, or anywhere on a larger canvas
-    why, work, long, readouts, glyphs           what makes training learn or forget; only at budget cpu
+    mnist, cifar10, tiny-imagenet   Table 1: A-SSL, H-SSL and supervised for each group
+    mnist-untied                    the same with the structure removed
+    glyphs                          structure removed, on images that are turned
+    base-space, distance            H-SSL's parameters beside A-SSL's crop size and displacement
+    objectives                      SimSiam and BYOL
+    work                            H-SSL for 16 epochs beside A-SSL for 8
+    paper                           the paper's configuration for MNIST on a CPU: hours
 
-    paper   the paper's configuration, for `--launcher "torchrun --nproc_per_node=8"`
-    gpu     full width and all images, but fewer epochs and smaller batches: one GPU
-    cpu     small widths and part of MNIST's images: minutes per run on one core (the other data sets need more)
+    --budget cpu      small widths and part of MNIST's images: minutes per run on one core
+    --budget paper    the paper's settings, for --launcher "torchrun --nproc_per_node=8"
 
-Writes experiments/results/NAME-BUDGET.json, which keeps the runs that it has, and prints it as a table. Started again,
-it continues where it stopped.
+It writes results/NAME-BUDGET.json, which keeps the runs that it has, and prints it as a table.
+Finished runs in the folder --runs are not trained again, interrupted ones go on from their
+checkpoint.
 """
 import argparse
-import functools
-import re
+import json
+import os
+import platform
 import shlex
 import shutil
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from report import METHODS, RESULTS, show
-from runs import run, train_table
+import torch
 
-BUDGETS = ("paper", "gpu", "cpu")
+import report
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data as datasets    # noqa: E402
+import train    # noqa: E402
+
+# ----------------------------------------------------------------------------- the tables
+# Settings were chosen on held-out training images with seeds from 100 on.
+
 GROUPS = ("translation", "rotation", "scale")
-
-# ------------------------------------------------------------------------------------------- Table 1 and its variations
-# At budget cpu trainings with every group take one to four minutes on a core.
-MNIST = ("--dataset mnist --device cpu --train-images 5000 --batch-size 256 --epochs 8 --warmup-epochs 1 "
+MNIST = ("--dataset mnist --device cpu --train-images 5000 --batch-size 256 --warmup-epochs 1 "
          "--trust-coefficient 0.03")
+SMALL_TRANSLATION = (f"{MNIST} --group translation --widths 16 32 64 --kernel-size 3 "
+                     "--temperature 0.5")
+TRANSLATION = f"{SMALL_TRANSLATION} --base-space 5 --grid 2"
+LIFTED = "--widths 4 8 16 --kernel-size 7 --temperature 1 --grid 0"
 CPU = {
-    "translation": f"{MNIST} --widths 16 32 64 --kernel-size 3 --base-space 5 --grid 2 --temperature 0.5",
-    "rotation": f"{MNIST} --widths 4 8 16 --kernel-size 7 --temperature 1",
-    "scale": f"{MNIST} --widths 4 8 16 --kernel-size 7 --temperature 1",
+    "translation": f"{TRANSLATION} --epochs 8",
+    "rotation": f"{MNIST} --group rotation {LIFTED} --epochs 8",
+    "scale": f"{MNIST} --group scale {LIFTED} --epochs 8",
 }
-GPU = {"mnist": "--epochs 50 --warmup-epochs 5 --batch-size 1024", "cifar10": "--epochs 100 --batch-size 512",
-       "tiny-imagenet": "--epochs 100 --batch-size 256"}
+TURNED_GLYPHS = {
+    "translation": "--dataset glyphs --device cpu --group translation",
+    "rotation": f"--dataset glyphs --device cpu --group rotation {LIFTED} --trust-coefficient 0.01",
+}
+CIFAR10 = ("--dataset cifar10 --device cpu --amp bfloat16 --group translation --widths 8 32 64 128 "
+           "--kernel-size 3 --batch-size 256 --warmup-epochs 1 --temperature 0.5 "
+           "--trust-coefficient 0.03 --base-space 6 --grid 2 --probe-grid 2 --epochs 8")
+PAPER_ON_CPU = ("--dataset mnist --device cpu --amp bfloat16 --group translation --eval-every 25 "
+                "--save-every 5")
 
 
-def setting(dataset, group, budget):
-    """The flags that all runs on a data set and group share; None if there are none at this budget."""
-    if budget == "cpu":
-        return f"{CPU[group]} --group {group}" if dataset == "mnist" else None
-    return f"--dataset {dataset} --group {group}" + (f" {GPU[dataset]}" if budget == "gpu" else "")
+def paper(dataset):
+    """The paper's settings, which are train.py's defaults, by group."""
+    return {group: f"--dataset {dataset} --group {group}" for group in GROUPS}
 
 
-def table1(dataset, budget):
-    settings = {group: setting(dataset, group, budget) for group in GROUPS}
-    return {f"{group} {method}": f"{flags} --method {method}"
-            for group, flags in settings.items() if flags for method in METHODS}
-
-
-def untied(dataset, budget):
-    """For translation only MNIST's network: without convolutions the residual one is too large."""
-    return {row: f"{flags} --structure none" for row, flags in table1(dataset, budget).items()
-            if row.split()[1] in ("a-ssl", "h-ssl") and (dataset == "mnist" or "translation" not in row)}
-
-
-def nuisances(budget):
-    """The group's own nuisance in every image: on the equivariant network, on an untied one that costs as much, with
-    augmentations, and on the plain network of translation, trained as SimCLR would."""
+def table1(settings):
     rows = {}
-    for group in GROUPS:
-        # Placed anywhere on 40x40 pixels, an image has a feature map of 10x10 positions.
-        window, whole = ("--base-space 7", "--base-space 10") if group == "translation" else ("", "--base-space 7")
-        base = f"{setting('mnist', group, budget)} --nuisance {group} {window}".strip()
-        plain = f"{setting('mnist', 'translation', budget)} --nuisance {group} {whole} --augment 1"
-        rows |= {f"{group} {method}": f"{base} --method {method}" for method in ("h-ssl", "a-ssl", "supervised")}
-        if group == "rotation":                                                # of scale it would cost more
-            rows |= {f"{group} {method}, untied": f"{base} --method {method} --structure none"
-                     for method in ("h-ssl", "a-ssl")}
-        rows[f"{group} h-ssl, two augmented passes"] = f"{base} --method h-ssl --augment 2"
-        rows[f"{group} a-ssl, plain and augmented"] = f"{plain} --method a-ssl"
+    for group, flags in settings.items():
+        for method in ("a-ssl", "h-ssl", "supervised"):
+            rows[f"{group} {method}"] = f"{flags} --method {method}"
     return rows
 
 
-def sweep(flag, held, budget):
-    """Values of one flag, the other held. A-SSL's crop is 4 pixels, our stride, per position of H-SSL's window, and its
-    displacement 4 pixels per position of distance. The head sees all positions, of which a window of 1 has one."""
-    base = f"{setting('mnist', 'translation', budget)} --grid 0"
-    first, last = (f"{flag} {{}}", held) if flag == "--base-space" else (held, f"{flag} {{}}")
-    return {f"{name} {value}": f"{base} {method} {first.format(value)} {last.format(value)}" for value in (1, 2, 3, 5)
-            for name, method in (("h-ssl", "--method h-ssl"), ("a-ssl", "--method a-ssl --crop"))}
+def untied(settings):
+    """Rows are called as in the table of the tied ones, beside which report.py puts them."""
+    rows = {}
+    for group, flags in settings.items():
+        for method in ("a-ssl", "h-ssl"):
+            rows[f"{group} {method}"] = f"{flags} --method {method} --structure none"
+    return rows
 
 
-def objectives(budget):
-    base = f"{setting('mnist', 'translation', budget)} --objective"
-    rows = {f"{objective} {method}": f"{base} {objective} --method {method}"
-            for objective in ("simsiam", "byol") for method in ("a-ssl", "h-ssl")}
-    return rows | {"byol a-ssl, augmented, whole map": f"{rows['byol a-ssl']} --augment 1 --base-space 7"}
+def structure(settings):
+    """With and without, in one table."""
+    rows = {}
+    for group, flags in settings.items():
+        for method in ("a-ssl", "h-ssl"):
+            rows[f"{group} {method}"] = f"{flags} --method {method}"
+            rows[f"{group} {method}, untied"] = f"{flags} --method {method} --structure none"
+    return rows
 
 
-# -------------------------------------------------------------------------------------------------------------- trials
-# Why training helps or harms: from the setting of Table 1, one change at a time. The last of two equal flags counts.
-HELPS = f"{CPU['translation']} --group translation --method"
-SMALL_WINDOWS = "--kernel-size 5 --base-space 4 --grid 0 --temperature 0.1"
+def sweep(flags, changed, fixed):
+    """Values of one flag; the other is fixed.
 
-TRIALS = {
-    "why": {
-        "h-ssl": f"{HELPS} h-ssl", "a-ssl": f"{HELPS} a-ssl",
-        **{f"h-ssl, {name}": f"{HELPS} h-ssl {changed}" for name, changed in {
-            "16 epochs": "--epochs 16", "24 epochs": "--epochs 24", "kernel 5": "--kernel-size 5",
-            "widths 32 63 95": "--widths 32 63 95", "window 4": "--base-space 4", "window 6": "--base-space 6",
-            "all positions": "--grid 0", "temperature 0.1": "--temperature 0.1",
-            "kernel 5, window 4, all positions, temperature 0.1": SMALL_WINDOWS,
-            "4 views": "--views 4", "lr 3, trust coefficient 0.001": "--lr 3 --trust-coefficient 0.001",
-            "augmented": "--augment 1", "augmented, two passes": "--augment 2",
-            "augmented, two passes, window 6": "--augment 2 --base-space 6"}.items()},
-        "a-ssl, widths 32 63 95": f"{HELPS} a-ssl --widths 32 63 95",
-        "a-ssl, augmented, whole map": f"{HELPS} a-ssl --augment 1 --base-space 7",
+    A-SSL's crop is 4 pixels, the encoder's stride, per position of H-SSL's window, and its
+    displacement 4 pixels per position of distance. The head sees all positions, for a window of 1
+    has only one.
+    """
+    rows = {}
+    for value in (1, 2, 3, 5):
+        common = f"{flags} --grid 0 {changed} {value} {fixed}"
+        rows[f"h-ssl {value}"] = f"{common} --method h-ssl"
+        rows[f"a-ssl {value}"] = f"{common} --method a-ssl --crop"
+    return rows
+
+
+def without_negatives(flags):
+    rows = {}
+    for objective in ("simsiam", "byol"):
+        for method in ("a-ssl", "h-ssl"):
+            rows[f"{objective} {method}"] = f"{flags} --objective {objective} --method {method}"
+    return rows
+
+
+def variations(settings, sweep_flags):
+    """The tables that both budgets have; settings are MNIST's by group."""
+    return {
+        "mnist": table1(settings),
+        "mnist-untied": untied(settings),
+        "base-space": sweep(sweep_flags, "--base-space", "--max-distance 2"),
+        "distance": sweep(sweep_flags, "--max-distance", "--base-space 2"),
+        "objectives": without_negatives(settings["translation"]),
+    }
+
+
+# budget -> table -> row -> flags of train.py
+TABLES = {
+    "cpu": variations(CPU, f"{SMALL_TRANSLATION} --epochs 8") | {
+        "work": {
+            "h-ssl, 8 epochs": f"{TRANSLATION} --method h-ssl --epochs 8",
+            "h-ssl, 16 epochs": f"{TRANSLATION} --method h-ssl --epochs 16",
+            "a-ssl, 8 epochs": f"{TRANSLATION} --method a-ssl --epochs 8",
+        },
+        "glyphs": structure(TURNED_GLYPHS),
+        "cifar10": {"translation h-ssl": f"{CIFAR10} --method h-ssl"},
+        "paper": table1({"translation": PAPER_ON_CPU}),
     },
-    # Complete trainings of several lengths: what do encoder passes and time buy?
-    "work": {f"{row}, {epochs} epochs": f"{HELPS} {flags} --epochs {epochs}" for row, flags, lengths in (
-        ("h-ssl", "h-ssl", (4, 8, 16, 24)), ("a-ssl", "a-ssl", (2, 4, 8, 12)),
-        ("simclr", "a-ssl --augment 1 --base-space 7", (2, 4, 8, 12)),
-        ("h-ssl on two augmented passes", "h-ssl --augment 2 --base-space 6", (2, 4, 8, 12)),
-        ("h-ssl with small windows and τ 0.1", f"h-ssl {SMALL_WINDOWS}", (4, 8, 24)),
-        ("supervised", "supervised", (8,))) for epochs in lengths},
-    # All images, and twelve times the encoder passes of the longest of these.
-    "long": {row: f"{HELPS} {flags} --train-images 60000 --eval-every {every}" for row, flags, every in (
-        ("h-ssl", "h-ssl --epochs 24", 6), ("a-ssl", "a-ssl --epochs 12", 3),
-        ("simclr", "a-ssl --augment 1 --base-space 7 --epochs 12", 3))},
-    # Rotation's head on means of each map, beside the default, all positions, which is a row of table mnist.
-    "readouts": {f"h-ssl, grid {grid}": f"{CPU['rotation']} --group rotation --method h-ssl --grid {grid}"
-                 for grid in (2, 1)},
-    # Data with rotation in them. Without structure a network of the same widths and cost has 2.4 times the weights.
-    "glyphs": {f"{method}{name}": f"--device cpu --method {method} {flags}".strip()
-               for name, flags in (("", ""), (", untied", "--structure none"),
-                                   (", untied, same parameters", "--structure none --widths 3 5 10"))
-               for method in ("h-ssl", "a-ssl")},
+    "paper": variations(paper("mnist"), "--dataset mnist --group translation") | {
+        "cifar10": table1(paper("cifar10")),
+        "tiny-imagenet": table1(paper("tiny-imagenet")),
+    },
 }
 
-# name -> a function of the budget, which returns {row: flags of train.py}, or {} for a budget without settings
-TABLES = {name: functools.partial(table1, name) for name in GPU}
-TABLES |= {f"{name}-untied": functools.partial(untied, name) for name in GPU}
-TABLES |= {"base-space": functools.partial(sweep, "--base-space", "--max-distance 2"),
-           "distance": functools.partial(sweep, "--max-distance", "--base-space 2"),
-           "objectives": objectives, "nuisances": nuisances}
-TABLES |= {name: lambda budget, rows=rows: rows if budget == "cpu" else {} for name, rows in TRIALS.items()}
+
+# ----------------------------------------------------------------------------- training
+
+def machine():
+    """The machine's GPUs or processor, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}"
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit():
+    """The commit that is checked out, and whether code has changed since; None, None without git."""
+    head = git("rev-parse", "--short=10", "HEAD")
+    if head.returncode != 0:
+        return None, None
+    changed = git("status", "--porcelain", "--", "*.py").stdout != ""
+    return head.stdout.strip(), changed
+
+
+def git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def train_row(row, flags, seed, out, args):
+    """Train a row with one seed in the folder out, unless that is done; returns the run's record.
+
+    Raises a ValueError if train.py fails, or if the folder holds a run with other flags.
+    """
+    path = out / "run.json"
+    if path.exists():
+        record = json.loads(path.read_text())
+        if record["flags"] != flags:
+            raise ValueError(f"{out} was made with other flags ({record['flags']}): delete it, or "
+                             "choose another --runs")
+        return record
+
+    command = [*args.launcher, str(ROOT / "train.py"), *shlex.split(flags), "--seed", str(seed)]
+    command += ["--out", str(out), "--data-dir", args.data_dir, "--resume"]
+    environment = dict(os.environ)
+    if args.jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))
+    head, dirty = commit()
+    start = time.perf_counter()
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    seconds = time.perf_counter() - start
+    if finished.returncode != 0:
+        raise ValueError(f"{shlex.join(command)} failed:\n{finished.stderr}")
+
+    record = report.read_run(out)
+    record |= dict(row=row, flags=flags, seed=seed, commit=head, dirty=dirty, machine=machine())
+    record["seconds"] = round(seconds, 1)
+    path.write_text(json.dumps(record) + "\n")
+    print(f"{out.name}: {record['frozen']['top1']} -> {record['top1']}, {seconds:.0f} s",
+          file=sys.stderr, flush=True)
+    return record
+
+
+def folder_of(args, row, seed):
+    letters = [letter if letter.isalnum() else "-" for letter in row]
+    return Path(args.runs) / f"{args.name}-{args.budget}-{''.join(letters)}-{seed}"
+
+
+def train_table(args):
+    """Train the chosen rows for the chosen seeds and write the JSON file; args are `parse`'s.
+
+    The file keeps the runs that it holds, and takes in all that are finished in the folder of runs.
+    Raises a ValueError if it holds runs with other flags, or a run fails.
+    """
+    path = Path(args.results) / f"{args.name}-{args.budget}.json"
+    runs = {}
+    if path.exists():
+        for record in json.loads(path.read_text())["runs"]:
+            if args.rows.get(record["row"]) != record["flags"]:
+                raise ValueError(f"{path} holds runs with other flags: move it away, or choose "
+                                 "another --results")
+            runs[record["row"], record["seed"]] = record
+    # Download now, not in several runs at once.
+    for name in {train.parse(shlex.split(flags)).dataset for flags in args.rows.values()}:
+        datasets.load(name, args.data_dir)
+
+    failures = []
+
+    def train_one(job):
+        row, seed = job
+        try:
+            train_row(row, args.rows[row], seed, folder_of(args, row, seed), args)
+        except ValueError as error:
+            failures.append(str(error))
+
+    jobs = [(row, seed) for seed in args.seeds for row in args.chosen]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(train_one, jobs))
+
+    # What has finished is written even if another run failed.
+    for row, flags in args.rows.items():
+        for seed in range(100):
+            folder = folder_of(args, row, seed)
+            if (folder / "run.json").exists():
+                runs[row, seed] = train_row(row, flags, seed, folder, args)
+    order = [(row, seed) for row in args.rows for seed in range(100)]
+    ordered = [runs[key] for key in order if key in runs]
+    if ordered:
+        record = dict(name=args.name, budget=args.budget, runs=ordered)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.replace(path)
+    if failures:
+        raise ValueError("\n".join(failures))
 
 
 def parse(argv=None):
-    p = run.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
-    p.add_argument("name", choices=TABLES, metavar="NAME", help=", ".join(TABLES))
-    p.add_argument("--budget", choices=BUDGETS, default="cpu", help="(default: %(default)s)")
-    p.add_argument("--only", nargs="+", metavar="WORD", help="train only rows with one of these words (default: all)")
-    p.add_argument("--seeds", type=run.number(int, 0), nargs="+", default=[0, 1, 2],
-                   help="below 100, which the settings were chosen with (default: 0 1 2)")
-    p.add_argument("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
-    p.add_argument("--runs", default="runs/experiments", help="folder of the runs' folders (default: %(default)s)")
-    p.add_argument("--results", default=str(RESULTS), help="folder of the JSON files (default: experiments/results)")
-    p.add_argument("--jobs", type=run.number(int, 1), default=1, help="runs at a time; on a CPU they share the cores")
-    p.add_argument("--launcher", type=shlex.split, default=[sys.executable], metavar="COMMAND",
-                   help="what starts train.py (default: this Python)")
-    p.add_argument("--extra", default="", help='flags of train.py to add to every run, as --extra="--epochs 1"')
-    args = p.parse_args(argv)
-    args.rows = TABLES[args.name](args.budget)
-    if not args.rows:
-        others = " and ".join(budget for budget in BUDGETS if TABLES[args.name](budget))
-        p.error(f"{args.name} has no settings for --budget {args.budget}, only for {others}")
-    args.chosen = [row for row in args.rows if not args.only or set(args.only) & set(re.findall(r"[^\s,]+", row))]
-    if not args.chosen:
-        p.error(f"--only {' '.join(args.only)}: no row has any of these words; rows are {'; '.join(args.rows)}")
-    if max(args.seeds) > 99:
-        p.error(f"--seeds {max(args.seeds)} must be below 100")
-    if not shutil.which(args.launcher[0] if args.launcher else ""):
-        p.error(f"--launcher: there is no program {args.launcher[:1]}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, usage="tables.py NAME [--budget cpu] [--seeds 0 1 2] [--help] ...")
+    add = parser.add_argument
+    add("name", metavar="NAME", help="of the table")
+    add("--budget", choices=report.BUDGETS, default="cpu", help="(cpu)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="0 to 99 (0 1 2)")
+    add("--only", nargs="+", metavar="ROW", help="train only these rows, by their full names")
+    add("--jobs", type=int, default=1, help="runs at a time; on a CPU they share the cores (1)")
+    add("--launcher", type=shlex.split, default=[sys.executable], metavar="COMMAND",
+        help="what starts train.py (this Python)")
+    add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
+    add("--runs", default="runs/experiments", help="folder of the runs' folders")
+    add("--results", default=str(report.RESULTS), help="folder of the JSON files")
+    args = parser.parse_args(argv)
+
+    tables = TABLES[args.budget]
+    if args.name not in tables:
+        parser.error(f"there is no table {args.name!r} at budget {args.budget}, only "
+                     f"{', '.join(tables)}")
+    args.rows = tables[args.name]
+    args.chosen = args.only or list(args.rows)
+    for row in args.chosen:
+        if row not in args.rows:
+            parser.error(f"there is no row {row!r}, only {'; '.join(args.rows)}")
+    if min(args.seeds) < 0 or max(args.seeds) > 99:
+        parser.error("--seeds must be 0 to 99: settings were chosen with those from 100 on")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs} must be at least 1")
+    if not args.launcher or shutil.which(args.launcher[0]) is None:
+        parser.error(f"--launcher: there is no program {' '.join(args.launcher[:1])!r}")
     return args
 
 
 def main(args):
-    show(train_table(args))
+    try:
+        train_table(args)
+    except (ValueError, OSError) as error:
+        print(f"tables.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    runs = json.loads((Path(args.results) / f"{args.name}-{args.budget}.json").read_text())["runs"]
+    print("\n".join(report.means(runs)))
 
 
 if __name__ == "__main__":

@@ -2,54 +2,87 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
 import data
-import run
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("--device cpu --train-images 200 --batch-size 64 --epochs 2 --widths 2 3 4 --kernel-size 5 "        # 3 steps
-         "--probe-iterations 9 --log-every 1 --save-every 1").split()                                        # an epoch
+# Three steps an epoch.
+SMALL = ("--device cpu --train-images 200 --batch-size 64 --epochs 2 --widths 2 3 4 "
+         "--head-widths 16 8 --probe-grid 1 --log-every 1 --save-every 1").split()
 
 
 def train_here(out, *flags):
-    """`python train.py FLAGS --out OUT` at the smallest size, but in this process; returns the last checkpoint."""
-    run.call(train.main, train.parse([*SMALL, "--out", str(out), *flags]))
+    """`python train.py FLAGS --out OUT` at the smallest size, but in this process; returns the
+    last checkpoint."""
+    train.main(train.parse([*SMALL, "--out", str(out), *flags]))
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
+def status_of(program, *arguments):
+    """The status with which a function ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        program(*arguments)
+    return stop.value.code
+
+
 def draw_few_glyphs(patch):
-    """--dataset glyphs has 200 training and 100 test images: for runs whose classifier does not matter."""
+    """--dataset glyphs has 200 training and 100 test images: where the numbers do not matter."""
     few = data.glyphs(train=200, test=100)
-    patch.setattr(data, "glyphs", lambda: few)
+
+    def glyphs():
+        return few
+
+    patch.setattr(data, "glyphs", glyphs)
 
 
 def log_of(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+def assert_equal(a, b):
+    """Two nests of dicts, lists, tensors and plain values are equal, bit for bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for one, other in zip(a, b):
+            assert_equal(one, other)
+    elif torch.is_tensor(a):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def start(*command, **options):
+    """Start Python with these arguments in the repository's root."""
+    command = [sys.executable, *[str(word) for word in command]]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **options)
+
+
 def in_processes(world, function, *arguments):
-    """function(rank, *arguments) in `world` processes, forked from a server that has imported torch."""
-    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "torch.nn.parallel"])
-    mp.start_processes(_alone, (function, *arguments), nprocs=world, start_method="forkserver")
-
-
-def _alone(rank, function, *arguments):
-    torch.set_num_threads(1)
-    function(rank, *arguments)
-
-
-def free_port():
+    """function(rank, *arguments) in `world` processes, which see what torchrun would set."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        port = s.getsockname()[1]
+    # All are forked from a server that has imported torch, once.
+    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "torch.nn.parallel"])
+    mp.start_processes(_one_process, (world, port, function, *arguments), nprocs=world,
+                       start_method="forkserver")
 
 
-def like_torchrun(rank, world, port):
-    """Set what torchrun sets in the environment of a process."""
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=str(port))
+def _one_process(rank, world, port, function, *arguments):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    function(rank, *arguments)

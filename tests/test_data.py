@@ -1,16 +1,21 @@
-"""Data sets: shapes, determinism, what is asked of MNIST's files, and plans that no number of processes changes."""
+"""Data sets: glyphs, the files of MNIST and CIFAR-10, subsets, downloads, and an epoch's plan."""
+import hashlib
 import pickle
+import socket
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import data
-import probe
-import run
-from helpers import train_here
+
+LABELS_HASH = "6a94ba753f1d5553"
+BLOCKS = [[16.9, 23.8, 14.7, 9.5, 19.2, 83.9, 70.8, 11.6,
+           11.8, 63.4, 50.5, 6.7, 10.8, 11.6, 11.6, 9.8],
+          [11.5, 32.3, 129.5, 13.2, 94.2, 172.4, 195.5, 7.6,
+           15.6, 96.0, 228.3, 17.1, 7.7, 15.5, 12.4, 6.3]]
 
 
 @pytest.fixture(scope="module")
@@ -18,28 +23,31 @@ def glyphs():
     return data.glyphs()
 
 
+# ------------------------------------------------------------------------------------------- glyphs
 def test_glyphs_shapes(glyphs):
-    assert glyphs.train_images.shape == (10_000, 1, 28, 28) and glyphs.test_images.shape == (2_000, 1, 28, 28)
-    assert glyphs.train_images.dtype == torch.uint8 and glyphs.train_labels.dtype == torch.int64
-    assert torch.bincount(glyphs.train_labels).min() > 900 and glyphs.classes == len(set(data.GLYPHS)) == 10
+    assert glyphs.train_images.shape == (10_000, 1, 28, 28)
+    assert glyphs.test_images.shape == (2_000, 1, 28, 28)
+    assert glyphs.train_images.dtype == torch.uint8
+    assert glyphs.train_labels.dtype == torch.int64
+    assert torch.bincount(glyphs.train_labels).min() > 900
+    assert glyphs.class_names == list(data.GLYPHS)
+    assert glyphs.classes == len(set(data.GLYPHS)) == 10
 
 
-def test_glyphs_come_from_their_seed(glyphs):
-    again, other = data.glyphs(), data.glyphs(seed=1)
-    assert torch.equal(again.train_images, glyphs.train_images) and torch.equal(again.test_labels, glyphs.test_labels)
-    assert not torch.equal(other.train_images, glyphs.train_images)
+def test_glyphs_are_those_of_earlier_versions(glyphs):
+    """The draws exactly; the pixels but for rounding, which another Pillow or processor may change.
+
+    The numbers are of commit b2dad70: means over 7x7 blocks of the first and the last image.
+    """
+    labels = torch.cat([glyphs.train_labels, glyphs.test_labels]).numpy().astype("<i8")
+    assert hashlib.sha256(labels.tobytes()).hexdigest()[:16] == LABELS_HASH
+    assert not torch.equal(data.glyphs(seed=1).train_images, glyphs.train_images)
+    blocks = torch.cat([glyphs.train_images[:1], glyphs.test_images[-1:]]).float()
+    blocks = torch.nn.functional.avg_pool2d(blocks, 7).flatten(1)
+    assert (blocks - torch.tensor(BLOCKS)).abs().max() < 0.5
 
 
-def test_glyphs_stay_inside_and_show_something(glyphs):
-    """Every image holds a character, bright pixels among dark ones, and does not run out of the picture."""
-    images = glyphs.train_images.float() / 255
-    ink = images.sum((1, 2, 3))
-    assert (images.amax((1, 2, 3)) > 0.8).all() and (ink > 20).all() and (ink < 0.6 * 28 * 28).all()
-    border = torch.cat([images[:, 0, [0, -1]].flatten(1), images[:, 0, :, [0, -1]].flatten(1)], 1)
-    assert (border > 0.6).any(1).float().mean() < 0.005                             # a corner of a large K may touch it
-
-
-def test_batch_is_normalised(glyphs):
+def test_a_batch_is_normalised(glyphs):
     index = torch.tensor([5, 3, 3])
     batch = glyphs.batch(glyphs.train_images, index)
     expected = (glyphs.train_images[index].double() / 255 - glyphs.mean) / glyphs.std
@@ -47,267 +55,210 @@ def test_batch_is_normalised(glyphs):
     torch.testing.assert_close(batch.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_train_images_limits_the_training_split_only(glyphs, monkeypatch):
-    monkeypatch.setattr(data, "glyphs", lambda: glyphs)
-    some = data.load("glyphs", "unused", train_images=100)
-    assert len(some.train_images) == len(some.train_labels) == 100 and len(some.test_images) == 2_000
-    for count in (0, 10_001):
-        with pytest.raises(ValueError, match="10000 training images"):
-            data.load("glyphs", "unused", train_images=count)
-
-
-def test_unknown_name():
-    with pytest.raises(ValueError, match="no data set 'cifar'"):
-        data.load("cifar", "unused")
-    with pytest.raises(ValueError, match="no nuisance 'mirror', only rotation, scale, translation$"):
-        data.load("glyphs", "unused", nuisance="mirror")
-
-
+# ----------------------------------------------------------------------------------- load's options
+@pytest.fixture
 def numbered(monkeypatch, count=300):
-    """--dataset glyphs has images whose first two pixels tell their number; labels are the same."""
+    """In place of glyphs: images whose first two pixels say their number, as their labels do."""
+    numbers = torch.arange(count)
     images = torch.zeros(count, 1, 28, 28, dtype=torch.uint8)
-    images[:, 0, 0, 0], images[:, 0, 0, 1] = torch.arange(count) // 256, torch.arange(count) % 256
-    some = data.Dataset(images, torch.arange(count), images[:50], torch.arange(50), 10, 0.0, 1.0)
+    images[:, 0, 0, 0] = numbers // 256
+    images[:, 0, 0, 1] = numbers % 256
+    some = data.Dataset(images, numbers, np.arange(count), images[:50], numbers[:50],
+                        np.arange(50), list("0123456789"), 0.0, 1.0)
     monkeypatch.setattr(data, "glyphs", lambda: some)
 
 
-def test_the_seed_draws_the_subset(monkeypatch):
-    """From what --validate leaves, without repetition, each image with its label, in their order."""
-    numbered(monkeypatch)
-
-    def numbers(**options):
-        d = data.load("glyphs", "unused", **options)
-        assert torch.equal(d.train_images[:, 0, 0, 0].long() * 256 + d.train_images[:, 0, 0, 1], d.train_labels)
-        assert d.test_labels.tolist() == [*(range(100, 300) if "validate" in options else range(50))]
-        return d.train_labels.tolist()
-
-    drawn = [numbers(train_images=60, validate=200, seed=seed) for seed in (0, 1, 2)]
-    for one in drawn:
-        assert len(one) == 60 and one == sorted(set(one)) and max(one) < 100
-    assert drawn[0] != drawn[1] != drawn[2] and drawn[0] == numbers(train_images=60, validate=200)
-    assert len(set(drawn[0]) & set(drawn[1])) < 60 and max(numbers(train_images=60)) > 200
-    assert numbers(seed=7) == numbers(train_images=300, seed=7) == [*range(300)]
-    assert numbers(validate=200, seed=7) == [*range(100)]
+def check_numbers(images, labels, files):
+    assert torch.equal(images[:, 0, 0, 0].long() * 256 + images[:, 0, 0, 1], labels)
+    assert labels.tolist() == files.tolist()
+    return labels.tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------- nuisances
-def blob(count):
-    """Images (count, 1, 28, 28) uint8 of a Gaussian 6 pixels right of the middle."""
-    at = torch.arange(28) - 13.5
-    image = 250 * torch.exp(-((at[None] - 6) ** 2 + at[:, None] ** 2) / 8)
-    return image.round().byte().expand(count, 1, 28, 28)
+def load_numbers(**options):
+    d = data.load("glyphs", **options)
+    train = check_numbers(d.train_images, d.train_labels, d.train_files)
+    test = check_numbers(d.test_images, d.test_labels, d.test_files)
+    return train, test
 
 
-def centroids(images):
-    """How far right and up of the middle the mass of images (N, C, H, W) is, in pixels: (N,) each."""
-    mass = images.double().sum(1)
-    at = torch.arange(images.shape[-1]) - (images.shape[-1] - 1) / 2
-    total = mass.sum((1, 2))
-    return (mass.sum(1) * at).sum(1) / total, -(mass.sum(2) * at).sum(1) / total
+def test_the_seed_draws_the_subset(numbered):
+    """Without repetition, in order, and as ever: the first of a permutation of all."""
+    for seed in (0, 1, 2):
+        train, test = load_numbers(train_images=60, seed=seed)
+        expected = np.random.default_rng(seed).permutation(300)[:60]
+        assert train == sorted(expected.tolist())
+        assert test == list(range(50))
+    assert load_numbers(seed=7)[0] == load_numbers(train_images=300)[0] == list(range(300))
 
 
-def test_a_rotation_turns_by_any_angle():
-    """The mass moves on a circle about the centre, which it covers evenly, and stays."""
-    turned = data.disturbed(blob(2000), "rotation", seed=3)
-    right, up = centroids(turned)
-    assert turned.shape == (2000, 1, 28, 28) and turned.dtype == torch.uint8
-    assert ((right**2 + up**2).sqrt() - 6).abs().max() < 0.1
-    counts = torch.histc(torch.atan2(up, right), 8, -torch.pi, torch.pi)
-    assert counts.min() > 190 and counts.max() < 310
-    mass = turned.double().sum((1, 2, 3))
-    assert (mass / blob(1).double().sum() - 1).abs().max() < 0.02
+def test_what_is_held_out_is_the_same_for_every_seed(numbered):
+    train, test = load_numbers(validate=100, seed=1)
+    assert len(test) == 100 and test == sorted(test)
+    assert sorted(train + test) == list(range(300)) and train == sorted(train)
+    assert min(test) < 50 and max(test) > 250  # labels may be sorted, so not the last ones
+    some, same_test = load_numbers(validate=100, train_images=60, seed=2)
+    others, _ = load_numbers(validate=100, train_images=60, seed=3)
+    assert same_test == test
+    assert len(some) == 60 and set(some) < set(train) and some == sorted(some)
+    assert some != others
 
 
-def test_a_quarter_turn_is_exact():
-    """The angle's sense, and that the centre is the image's: nothing is interpolated."""
-    images = torch.randint(256, (3, 2, 28, 28)).float()
-    quarters = torch.tensor([0, 1, 3]) * torch.pi / 2
-    found = data._moved(images, quarters, torch.ones(3), torch.zeros(3, 2)).round()
-    assert all(torch.equal(a, image.rot90(k, (1, 2))) for a, image, k in zip(found, images, (0, 1, 3)))
+def test_too_few_images_to_take(numbered):
+    for options in (dict(train_images=0), dict(train_images=301), dict(validate=300),
+                    dict(validate=-1), dict(validate=100, train_images=201)):
+        with pytest.raises(ValueError, match="glyphs has 300 training images"):
+            data.load("glyphs", **options)
 
 
-def test_a_scale_shrinks_about_the_centre():
-    """The centroid's distance shrinks by the factor, uniform in 0.3 to 1, and the mass by its square."""
-    small = data.disturbed(blob(2000), "scale", seed=3)
-    right, up = centroids(small)
-    factor = right / 6
-    assert small.shape == (2000, 1, 28, 28) and small.dtype == torch.uint8 and up.abs().max() < 0.05
-    assert 0.29 < factor.min() < 0.32 and 0.98 < factor.max() < 1.01
-    counts = torch.histc(factor, 7, 0.3, 1.0)
-    assert counts.min() > 220 and counts.max() < 350
-    mass = small.double().sum((1, 2, 3)) / blob(1).double().sum()
-    assert (mass / factor**2 - 1).abs().max() < 0.1
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="no data set 'cifar', only glyphs, mnist"):
+        data.load("cifar")
+    with pytest.raises(ValueError, match="image size is for 'folder' only"):
+        data.load("glyphs", image_size=32)
+    for options in (dict(folder=""), dict(cache_dir="")):
+        with pytest.raises(ValueError, match="name of a folder is empty"):
+            data.load("folder", **options)
 
 
-def test_shrinking_loses_no_pixel():
-    """A single bright pixel is seen at every size, where one bilinear sample a pixel would step over it."""
-    images = torch.zeros(2000, 1, 28, 28, dtype=torch.uint8)
-    images[:, 0, 8, 20] = 255
-    mass = data.disturbed(images, "scale", seed=0).sum((1, 2, 3))
-    assert mass.min() > 10 and mass.max() < 260
+def test_the_digest_tells_images_labels_and_names_apart():
+    some = data.glyphs(train=20, test=5)
+    assert some.digest() == data.glyphs(train=20, test=5).digest() and len(some.digest()) == 64
+    changed_images = some.train_images.clone()
+    changed_images[7, 0, 3, 3] ^= 1
+    changed_files = np.array([f"{i}.png" for i in range(20)])
+    others = [replace(some, train_images=changed_images),
+              replace(some, train_labels=some.train_labels.roll(1)),
+              replace(some, train_files=changed_files),
+              replace(some, train_images=some.train_images.view(20, 1, 14, 56))]
+    digests = {other.digest() for other in [some, *others]}
+    assert len(digests) == 5
+    assert replace(some, test_images=some.test_images * 0).digest() == some.digest()
 
 
-@pytest.mark.parametrize("side, canvas", ((28, 40), (32, 44), (64, 92)))
-def test_a_translation_keeps_every_pixel(side, canvas):
-    images = torch.randint(1, 256, (300, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    moved, corners = data.disturbed(images, "translation", seed=3), set()
-    assert moved.shape == (300, 3, canvas, canvas) and moved.dtype == torch.uint8
-    assert torch.equal(moved.long().sum((1, 2, 3)), images.long().sum((1, 2, 3)))
-    for image, source in zip(moved, images):
-        top, left = (image[0].any(1 - axis).nonzero()[0].item() for axis in (0, 1))
-        assert torch.equal(image[:, top:top + side, left:left + side], source)
-        corners.add((top, left))
-    room = canvas - side
-    assert {top for top, _ in corners} == {left for _, left in corners} == {*range(room + 1)} and len(corners) > room
-
-
-@pytest.mark.parametrize("nuisance", data.NUISANCES)
-def test_who_draws_a_nuisance(nuisance, few_glyphs):
-    """The training images' by the run's seed; the test images', and those held out, are the same for every seed."""
-    def load(**options):
-        return data.load("glyphs", "unused", nuisance=nuisance, **options)
-    plain, one, again, other = data.load("glyphs", "unused"), load(seed=1), load(seed=1), load(seed=2)
-    assert torch.equal(one.train_images, again.train_images) and not torch.equal(one.train_images, other.train_images)
-    assert torch.equal(one.test_images, other.test_images) and torch.equal(one.train_labels, plain.train_labels)
-    assert one.test_images.shape[2:] == one.train_images.shape[2:] and one.train_images.dtype == torch.uint8
-    assert one.test_images.shape != plain.test_images.shape or not torch.equal(one.test_images, plain.test_images)
-    assert torch.equal(load(seed=1, validate=20).test_images, load(seed=2, validate=20).test_images)
-    subset, kept = load(seed=1, train_images=30), data.load("glyphs", "unused", seed=1, train_images=30)
-    assert torch.equal(subset.train_images, data.disturbed(kept.train_images, nuisance, seed=2))
-    assert torch.equal(subset.test_images, one.test_images)
-
-
-def test_a_nuisance_is_drawn_for_all_images_at_once():
-    """Images beyond the first chunk have draws of their own."""
-    moved = data.disturbed(blob(1100), "translation", seed=0)
-    assert not torch.equal(moved[:500], moved[500:1000]) and len(moved) == 1100
-
-
-@pytest.mark.parametrize("nuisance, group, side", (("translation", "translation", 40), ("scale", "rotation", 28)))
-def test_training_with_a_nuisance(nuisance, group, side, few_glyphs, tmp_path):
-    """The encoder's map and what it is measured on are the nuisance's; probe.py finds the same images again."""
-    flags = ["--nuisance", nuisance, "--group", group, "--train-images", "150", "--seed", "3", "--epochs", "1"]
-    settings = train_here(tmp_path / "run", *flags)["settings"]
-    assert settings["nuisance"] == nuisance and settings["image_shape"] == [1, side]
-    encoder, _ = run.load_encoder(tmp_path / "run")
-    assert encoder(torch.zeros(2, 1, side, side)).shape[-1] == side // 4
-    found = (tmp_path / "run" / "probe.json").read_text()
-    run.call(probe.main, probe.parse([str(tmp_path / "run"), "--device", "cpu"]))
-    assert (tmp_path / "run" / "probe.json").read_text() == found
-
-
+# ---------------------------------------------------------------------------------- MNIST, CIFAR-10
 def write_idx(path, shape, seed):
+    """A file in MNIST's format, with random values."""
     path.parent.mkdir(parents=True, exist_ok=True)
     top = 10 if len(shape) == 1 else 256
-    values = torch.randint(top, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    path.write_bytes(struct.pack(f">I{len(shape)}I", 0x800 + len(shape), *shape) + values.numpy().tobytes())
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(top, shape, generator=generator, dtype=torch.uint8)
+    header = struct.pack(f">I{len(shape)}I", 0x800 + len(shape), *shape)
+    path.write_bytes(header + values.numpy().tobytes())
     return values
 
 
+def write_mnist(folder, labels=20):
+    raw = folder / "MNIST" / "raw"
+    write_idx(raw / "t10k-images-idx3-ubyte", (6, 28, 28), 2)
+    write_idx(raw / "t10k-labels-idx1-ubyte", (6,), 3)
+    train_labels = write_idx(raw / "train-labels-idx1-ubyte", (labels,), 1)
+    return write_idx(raw / "train-images-idx3-ubyte", (20, 28, 28), 0), train_labels
+
+
 def test_mnist_reads_the_files_that_are_there(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
-    images = write_idx(raw / "train-images-idx3-ubyte", (20, 28, 28), 0)
-    labels = write_idx(raw / "train-labels-idx1-ubyte", (20,), 1)
-    write_idx(raw / "t10k-images-idx3-ubyte", (6, 28, 28), 2), write_idx(raw / "t10k-labels-idx1-ubyte", (6,), 3)
+    images, labels = write_mnist(tmp_path)
     mnist = data.load("mnist", tmp_path)
-    assert torch.equal(mnist.train_images[:, 0], images) and torch.equal(mnist.train_labels, labels.long())
+    assert torch.equal(mnist.train_images[:, 0], images)
+    assert torch.equal(mnist.train_labels, labels.long())
     assert mnist.test_images.shape == (6, 1, 28, 28)
+    assert mnist.test_files.tolist() == list(range(6))
+    assert mnist.classes == 10 and (mnist.mean, mnist.std) == (0.0, 0.3081)
 
 
-def test_mnist_that_cannot_be_had_names_folder_and_files(tmp_path, monkeypatch):
-    def no_network(*arguments, **options):
-        raise RuntimeError("Error downloading\n train-images-idx3-ubyte.gz")
-    monkeypatch.setattr("torchvision.datasets.MNIST", no_network)
-    with pytest.raises(ValueError) as error:
-        data.load("mnist", tmp_path)
-    text = str(error.value)
-    assert "\n" not in text and str(tmp_path / "MNIST" / "raw") in text
-    assert all(f"{part}-{kind}-ubyte" in text for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_mnist(tmp_path / "x")
+    assert len(data.load("mnist", "~/x").train_images) == 20
 
 
 def write_cifar10(folder, rows=4):
-    """CIFAR-10's files with random pixels; returns the pixels of the first training file, (rows, 3072)."""
+    """CIFAR-10's files with random pixels; returns those of the first file, (rows, 3072)."""
     folder = folder / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
-        pixels = rng.integers(256, size=(rows, 3072), dtype=np.uint8)
-        first = pixels if name == "data_batch_1" else first
-        (folder / name).write_bytes(pickle.dumps(dict(data=pixels, labels=list(range(rows)))))
-    (folder / "batches.meta").write_bytes(pickle.dumps(dict(label_names=[str(k) for k in range(10)])))
+    first = rng.integers(256, size=(rows, 3072), dtype=np.uint8)
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5",
+                 "test_batch"):
+        pixels = first if name == "data_batch_1" else 255 - first
+        content = dict(data=pixels, labels=list(range(rows)))
+        (folder / name).write_bytes(pickle.dumps(content))
+    label_names = [f"class {k}" for k in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps(dict(label_names=label_names)))
     return first
 
 
 def test_cifar10_reads_the_files_that_are_there(tmp_path, monkeypatch):
-    """torchvision compares checksums, which random pixels cannot have: that comparison alone is left out here."""
+    """torchvision compares checksums, which random pixels cannot have: that alone is left out."""
     first = write_cifar10(tmp_path)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
     cifar10 = data.load("cifar10", tmp_path)
-    assert cifar10.train_images.shape == (20, 3, 32, 32) and cifar10.test_images.shape == (4, 3, 32, 32)
-    assert cifar10.classes == 10 and cifar10.train_labels[:4].tolist() == [0, 1, 2, 3]
+    assert cifar10.train_images.shape == (20, 3, 32, 32)
+    assert cifar10.test_images.shape == (4, 3, 32, 32)
+    assert cifar10.train_labels[:4].tolist() == [0, 1, 2, 3]
+    assert cifar10.class_names[9] == "class 9" and cifar10.classes == 10
     assert np.array_equal(cifar10.train_images[:4].flatten(1), first)
 
 
-def write_tiny_imagenet(folder, per_class=2):
-    """A tree like Tiny ImageNet's; every image has one colour, its number in red, its class in green. One is grey."""
-    tree, names = folder / "tiny-imagenet-200", [f"n{k:03d}" for k in range(200)]
-
-    def write(path, red, green):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode, colour = ("L", 77) if (red, green) == (1, 7) else ("RGB", (red, green, 128))
-        Image.new(mode, (64, 64), colour).save(path, "JPEG", quality=100, subsampling=0)
-
-    for k, name in enumerate(names):
-        for i in range(per_class):
-            write(tree / "train" / name / "images" / f"{name}_{i}.JPEG", i, k)
-        write(tree / "val" / "images" / f"val_{k}.JPEG", 255, k)
-    (tree / "wnids.txt").write_text("\n".join(names) + "\n")
-    rows = [f"val_{k}.JPEG\t{name}\t0\t0\t63\t63\n" for k, name in enumerate(names)]
-    (tree / "val" / "val_annotations.txt").write_text("".join(rows))
-    return tree
+# --------------------------------------------------------------------- downloads, and damaged files
+def assert_one_line(error, *texts):
+    message = str(error.value)
+    assert "\n" not in message
+    for text in texts:
+        assert text in message
 
 
-def test_tiny_imagenet_is_decoded_once(tmp_path, capsys):
-    """Labels, order (a first part holds all classes), a grey image; the second time nothing but the cache is read."""
-    tree = write_tiny_imagenet(tmp_path)
-    tiny = data.load("tiny-imagenet", tmp_path)
-    assert "600 of 600" in capsys.readouterr().out
-    assert tiny.train_images.shape == (400, 3, 64, 64) and tiny.test_images.shape == (200, 3, 64, 64)
-    assert tiny.classes == 200
-    assert tiny.train_labels.tolist() == [*range(200), *range(200)] and tiny.test_labels.tolist() == [*range(200)]
-    mean = tiny.train_images.float().mean((2, 3))
-    assert (mean[:200, 1] - torch.arange(200)).abs().max() <= 2                    # green: the class, in order
-    assert (mean[200:, 0] - 1).abs().sort().values[:-1].max() <= 2                 # red: each class's second image
-    assert (mean[207] - 77).abs().max() <= 2                                       # the grey one
-    tree.rename(tmp_path / "gone")
-    again = data.load("tiny-imagenet", tmp_path)
-    assert torch.equal(again.train_images, tiny.train_images) and torch.equal(again.test_labels, tiny.test_labels)
-    assert capsys.readouterr().out == ""
+def test_files_that_do_not_belong_together(tmp_path):
+    write_mnist(tmp_path, labels=19)
+    with pytest.raises(ValueError) as error:
+        data.load("mnist", tmp_path)
+    assert_one_line(error, "20 images, 19 labels", str(tmp_path), "MNIST/raw")
 
 
-def test_an_interrupted_decoding_is_not_taken_for_a_cache(tmp_path, monkeypatch):
-    """Killed while decoding: no cache stands, and the next start decodes all."""
-    write_tiny_imagenet(tmp_path, per_class=1)
-    opened = Image.open
-
-    def killed(path):
-        if path.name == "val_5.JPEG":
-            raise KeyboardInterrupt
-        return opened(path)
-
-    monkeypatch.setattr(data.Image, "open", killed)
-    with pytest.raises(KeyboardInterrupt):
-        data.load("tiny-imagenet", tmp_path)
-    monkeypatch.setattr(data.Image, "open", opened)
-    assert not (tmp_path / "tiny-imagenet-200-decoded").exists()
-    assert len(data.load("tiny-imagenet", tmp_path).test_images) == 200
+def test_a_file_that_another_program_is_extracting(tmp_path):
+    write_mnist(tmp_path)
+    images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:5000])
+    with pytest.raises(ValueError) as error:
+        data.load("mnist", tmp_path)
+    assert_one_line(error, "another program may be extracting", "start again")
+    assert "delete" not in str(error.value)
 
 
-def test_plan_depends_on_seed_and_epoch_only():
+@pytest.mark.parametrize("name", ("mnist", "cifar10", "tiny-imagenet"))
+def test_a_server_that_says_nothing(tmp_path, monkeypatch, capsys, name):
+    """It accepts a connection and is silent: a line at the start, and a line at the end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.2)
+        monkeypatch.setattr(data, "TINY_IMAGENET_URL", f"{address}tiny-imagenet-200.zip")
+        monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [address])
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.url", f"{address}cifar.tar.gz")
+        for variable in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.delenv(variable, raising=False)
+            monkeypatch.delenv(variable.upper(), raising=False)
+        socket.setdefaulttimeout(321)
+        try:
+            with pytest.raises(ValueError) as error:
+                data.load(name, tmp_path / "new")
+            assert socket.getdefaulttimeout() == 321
+        finally:
+            socket.setdefaulttimeout(None)
+    assert_one_line(error, "timed out", str(tmp_path / "new"))
+    assert "downloading" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- one epoch's plan
+def test_an_epoch_plan():
+    """A permutation, choices below P, drawn by seed and epoch alone, and as ever."""
     order, choice = data.epoch_plan(100, 12, seed=3, epoch=7)
-    again = data.epoch_plan(100, 12, seed=3, epoch=7)
-    assert torch.equal(order, again[0]) and torch.equal(choice, again[1])
-    assert torch.equal(order.sort().values, torch.arange(100)) and choice.min() >= 0 and choice.max() == 11
+    assert sorted(order.tolist()) == list(range(100))
+    assert order.dtype == choice.dtype == torch.int64
+    assert set(choice.tolist()) == set(range(12))
+    rng = np.random.default_rng([3, 7])
+    assert order.tolist() == rng.permutation(100).tolist()
+    assert choice.tolist() == rng.integers(12, size=100).tolist()
     for seed, epoch in ((3, 8), (4, 7)):
-        other = data.epoch_plan(100, 12, seed, epoch)
-        assert not torch.equal(order, other[0]) and not torch.equal(choice, other[1])
+        other_order, other_choice = data.epoch_plan(100, 12, seed, epoch)
+        assert not torch.equal(other_order, order)
+        assert not torch.equal(other_choice, choice)

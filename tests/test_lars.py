@@ -3,67 +3,89 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from lars import LARS
-from measure import Reads
 
 
-def steps(optimizer, w, gradients_and_rates):
-    for gradient, lr in gradients_and_rates:
-        w.grad = torch.tensor(gradient, dtype=w.dtype)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        yield w.detach().clone()
+def weight(values, dtype=torch.float64):
+    return nn.Parameter(torch.tensor(values, dtype=dtype))
+
+
+def take_step(optimizer, w, gradient, lr):
+    w.grad = torch.tensor(gradient, dtype=w.dtype)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+
+
+def assert_is(w, expected):
+    torch.testing.assert_close(w.data, torch.tensor(expected, dtype=w.dtype), rtol=1e-12, atol=1e-12)
 
 
 def test_a_weight_by_hand():
     """μ = 0.5, λ = 0.1, η = 0.5, w = (3, 4).
 
-    1. lr 0.4, g = (0, -0.4):  d = g + λw = (0.3, 0), ‖w‖ = 5, so d becomes (2.5, 0); m = (2.5, 0); w = (2, 4)
-    2. lr 0.2, g = (-0.2, 0.6): d = (0, 1), ‖w‖ = √20, so d becomes (0, √5); m = (1.25, √5); w = (1.75, 4 - √5/5)
+    1. lr 0.4, g = (0, -0.4): d = g + λw = (0.3, 0), ‖w‖ = 5, so d becomes (2.5, 0), which is m;
+       w = (2, 4)
+    2. lr 0.2, g = (-0.2, 0.6): d = (0, 1), ‖w‖ = √20, so d becomes (0, √5); m = (1.25, √5);
+       w = (1.75, 4 - √5/5)
     3. lr 0.1, g = -λw + (-2, 0): d = (-2, 0) becomes (-‖w‖/2, 0); m = (0.625 - ‖w‖/2, √5/2)
     """
-    w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    w = weight([[3.0, 4.0]])
     optimizer = LARS([w], lr=1.0, momentum=0.5, weight_decay=0.1, trust_coefficient=0.5)
     root5 = math.sqrt(5)
-    second = (1.75, 4 - root5 / 5)
-    norm = math.hypot(*second)
-    third = (second[0] - 0.1 * (0.625 - norm / 2), second[1] - 0.1 * root5 / 2)
-    rates = [([[0.0, -0.4]], 0.4), ([[-0.2, 0.6]], 0.2), ([[-0.1 * second[0] - 2, -0.1 * second[1]]], 0.1)]
-    for got, expected in zip(steps(optimizer, w, rates), [(2, 4), second, third], strict=True):
-        torch.testing.assert_close(got, torch.tensor([expected], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    take_step(optimizer, w, [[0.0, -0.4]], 0.4)
+    assert_is(w, [[2.0, 4.0]])
+
+    take_step(optimizer, w, [[-0.2, 0.6]], 0.2)
+    a = 1.75
+    b = 4 - root5 / 5
+    assert_is(w, [[a, b]])
+
+    take_step(optimizer, w, [[-0.1 * a - 2, -0.1 * b]], 0.1)
+    norm = math.hypot(a, b)
+    assert_is(w, [[a - 0.1 * (0.625 - norm / 2), b - 0.1 * root5 / 2]])
 
 
-def test_a_bias_by_hand():
-    """No decay, no adaptation for one dimension: g = 0.5 twice, μ = 0.5, m = 0.5, 0.75; w = 1 - 0.4·0.5 - 0.2·0.75."""
-    w = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+@pytest.mark.parametrize("shape", ((1,), ()))
+def test_a_bias_by_hand(shape):
+    """No decay, no adaptation: g = 0.5 twice, μ = 0.5, m = 0.5, 0.75; w = 1 - 0.4·0.5 - 0.2·0.75."""
+    w = nn.Parameter(torch.ones(shape, dtype=torch.float64))
     optimizer = LARS([w], lr=1.0, momentum=0.5, weight_decay=0.1, trust_coefficient=0.5)
-    got = list(steps(optimizer, w, [([0.5], 0.4), ([0.5], 0.2)]))
-    torch.testing.assert_close(torch.cat(got), torch.tensor([0.8, 0.65], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    for lr, expected in ((0.4, 0.8), (0.2, 0.65)):
+        optimizer.param_groups[0]["lr"] = lr
+        w.grad = torch.full(shape, 0.5, dtype=torch.float64)
+        optimizer.step()
+        assert w.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_adapted_also_without_weight_decay():
-    """λ = 0 is not SGD: w = (3, 4), g = (6, 8), η = 0.5, so d = 0.5·5/10·g = (1.5, 2); lr 0.4 gives (2.4, 3.2)."""
-    w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
-    (got,) = steps(LARS([w], lr=1.0, trust_coefficient=0.5), w, [([[6.0, 8.0]], 0.4)])
-    torch.testing.assert_close(got, torch.tensor([[2.4, 3.2]]))
+    """λ = 0 is not SGD: w = (3, 4), g = (6, 8), η = 0.5: d = 0.5·5/10·g = (1.5, 2), lr 0.4."""
+    w = weight([[3.0, 4.0]])
+    take_step(LARS([w], lr=1.0, trust_coefficient=0.5), w, [[6.0, 8.0]], 0.4)
+    assert_is(w, [[2.4, 3.2]])
 
 
-@pytest.mark.parametrize("w, g, expected", (
-    ([[0.0, 0.0]], [[1.0, 2.0]], [[-0.1, -0.2]]), ([[3.0, 4.0]], [[0.0, 0.0]], [[3.0, 4.0]])))
-def test_a_zero_norm_means_ratio_one(w, g, expected):
-    w = torch.nn.Parameter(torch.tensor(w))
-    (got,) = steps(LARS([w], lr=1.0), w, [(g, 0.1)])
-    torch.testing.assert_close(got, torch.tensor(expected))
+@pytest.mark.parametrize("before, gradient, after", (
+    ([[0.0, 0.0]], [[1.0, 2.0]], [[-0.1, -0.2]]), ([[3.0, 4.0]], [[0.0, 0.0]], [[3.0, 4.0]]),
+    ([[0.0, 0.0]], [[0.0, 0.0]], [[0.0, 0.0]])))
+def test_a_zero_norm_means_ratio_one(before, gradient, after):
+    w = weight(before)
+    take_step(LARS([w], lr=1.0), w, gradient, 0.1)
+    assert_is(w, after)
 
 
-def test_many_weights_together_or_each_alone():
-    """A step takes all weights and biases together, each adapted by its own norm: as with an optimizer for each."""
+def test_each_weight_by_its_own_norm():
+    """Together, in two groups with rates of their own: as with an optimizer for each."""
     torch.manual_seed(0)
-    together = [torch.nn.Parameter(torch.randn(s)) for s in ((3, 4), (5,), (2, 3, 4), (1,), (2, 2))]
-    alone = [torch.nn.Parameter(w.detach().clone()) for w in together]
-    options = dict(lr=0.1, momentum=0.9, weight_decay=1e-2, trust_coefficient=0.1)
-    optimizers = [LARS(together, **options), *(LARS([w], **options) for w in alone)]
+    shapes = ((3, 4), (5,), (2, 3, 4), (2, 2))
+    together = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [nn.Parameter(w.detach().clone()) for w in together]
+    options = dict(momentum=0.9, weight_decay=1e-2, trust_coefficient=0.1)
+    groups = [dict(params=together[:3]), dict(params=together[3:], lr=0.7)]
+    optimizers = [LARS(groups, lr=0.1, **options)]
+    for w, lr in zip(alone, (0.1, 0.1, 0.1, 0.7)):
+        optimizers.append(LARS([w], lr=lr, **options))
     for _ in range(3):
         for a, b in zip(together, alone):
             a.grad = torch.randn_like(a)
@@ -71,61 +93,80 @@ def test_many_weights_together_or_each_alone():
         for optimizer in optimizers:
             optimizer.step()
     for a, b in zip(together, alone):
-        torch.testing.assert_close(a, b)
+        assert torch.equal(a, b)
+
+
+def test_a_step_leaves_gradients_and_other_parameters_alone():
+    used = weight([[1.0, 2.0]])
+    unused = weight([[1.0, 2.0]])
+    optimizer = LARS([used, unused], lr=0.1, weight_decay=0.1)
+    used.grad = torch.ones(1, 2, dtype=torch.float64)
+    optimizer.step()
+    assert torch.equal(used.grad, torch.ones(1, 2, dtype=torch.float64))
+    assert not torch.equal(used, unused) and torch.equal(unused, weight([[1.0, 2.0]]))
+
+
+def test_closure():
+    """It is called once, with gradients, before the step, and its loss is returned."""
+    w = weight([[3.0, 4.0]])
+    optimizer = LARS([w], lr=0.4, trust_coefficient=0.5)
+    losses = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        losses.append(loss)
+        return loss
+
+    assert optimizer.step(closure) is losses[0] and len(losses) == 1
+    assert losses[0].item() == 25
+    assert_is(w, [[2.4, 3.2]])    # g = (6, 8), as above
 
 
 def test_never_waits_for_the_device():
-    """On the meta device a tensor has no value, so that anything that reads one (item, if, float) fails."""
-    parameters = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in ((3, 4), (5,), (2, 3, 4))]
-    optimizer = LARS(parameters, lr=0.1, weight_decay=1e-4)
+    """On the meta device a tensor has no value, so anything that reads one (item, if) fails."""
+    parameters = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((3, 4), (5,))]
     for p in parameters:
         p.grad = torch.empty_like(p)
+    optimizer = LARS(parameters, lr=0.1, weight_decay=1e-4)
     optimizer.step()
-    assert len(optimizer.state) == 3
+    assert len(optimizer.state) == 2
 
 
 def test_with_a_gradient_scaler():
-    """Scaled gradients give the steps of plain ones, to the last bit, as the scale is a power of two. Where one
-    overflows, weights and momentum stay, and the scaler halves its scale. Nobody reads a value."""
+    """Scaled gradients give the steps of plain ones, to the last bit, as the scale is a power of
+    two. Where one overflows, weights and momentum stay, and the scale is halved."""
     torch.manual_seed(0)
-    plain = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), (2, 3, 4))]
-    scaled = [torch.nn.Parameter(p.detach().clone()) for p in plain]
-    one, other = (LARS(p, lr=0.1, weight_decay=1e-2, trust_coefficient=0.1) for p in (plain, scaled))
+    plain = [nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,))]
+    scaled = [nn.Parameter(p.detach().clone()) for p in plain]
+    options = dict(lr=0.1, weight_decay=1e-2, trust_coefficient=0.1)
+    plain_optimizer = LARS(plain, **options)
+    optimizer = LARS(scaled, **options)
     scaler = torch.amp.GradScaler("cpu")
-
-    def state():
-        return [t.clone() for p in scaled for t in (p, other.state[p]["momentum"])]
-
-    def scaled_step(gradients, infinite=False):
-        other.zero_grad()
-        scaler.scale(sum((p * g).sum() for p, g in zip(scaled, gradients))).backward()
-        scaled[1].grad[2] += float("inf") if infinite else 0
-        with Reads() as reads:
-            scaler.step(other)
-            scaler.update()
-        assert reads.count == 0
-
-    for _ in range(2):
+    for overflow in (False, True, False):
         gradients = [torch.randn_like(p) for p in plain]
-        for p, g in zip(plain, gradients):
-            p.grad = g
-        one.step()
-        scaled_step(gradients)
-        assert all(torch.equal(p, q) for p, q in zip(plain, scaled)) and scaler.get_scale() == 2.0**16
-    before = state()
-    scaled_step(gradients, infinite=True)
-    assert all(torch.equal(a, b) for a, b in zip(before, state())) and scaler.get_scale() == 2.0**15
-    scaled_step(gradients)
-    assert not any(torch.equal(a, b) for a, b in zip(before, state()))
+        optimizer.zero_grad()
+        loss = 0
+        for p, g in zip(scaled, gradients):
+            loss = loss + (p * g).sum()
+        scaler.scale(loss).backward()
+        if overflow:
+            scaled[1].grad[2] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        if not overflow:
+            for p, g in zip(plain, gradients):
+                p.grad = g
+            plain_optimizer.step()
+        for p, q in zip(plain, scaled):
+            assert torch.equal(p, q)
+            assert torch.equal(plain_optimizer.state[p]["momentum"], optimizer.state[q]["momentum"])
+    assert scaler.get_scale() == 2.0**15
 
 
 def test_state_is_plain_and_continues_exactly(tmp_path):
-    """The state is numbers and tensors, loads with weights_only, and the next step is the same as without the stop."""
-    def start():
-        torch.manual_seed(0)
-        parameters = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(4))]
-        return parameters, LARS(parameters, lr=0.1, weight_decay=1e-4)
-
+    """The state loads with weights_only, and the next steps are those without the stop."""
     def go(parameters, optimizer, seeds):
         for seed in seeds:
             torch.manual_seed(seed)
@@ -133,30 +174,24 @@ def test_state_is_plain_and_continues_exactly(tmp_path):
                 p.grad = torch.randn_like(p)
             optimizer.step()
 
-    straight, optimizer = start()
-    go(straight, optimizer, (1, 2, 3, 4))
-    stopped, optimizer = start()
+    torch.manual_seed(0)
+    straight = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))]
+    stopped = [nn.Parameter(p.detach().clone()) for p in straight]
+    go(straight, LARS(straight, lr=0.1, weight_decay=1e-4), (1, 2, 3, 4))
+
+    optimizer = LARS(stopped, lr=0.1, weight_decay=1e-4)
     go(stopped, optimizer, (1, 2))
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-    _, optimizer = start()
     optimizer = LARS(stopped, lr=99.0)
     optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     go(stopped, optimizer, (3, 4))
-    for a, b in zip(straight, stopped):
-        assert torch.equal(a, b)
-
-
-def test_parameters_without_a_gradient_stay():
-    used, unused = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
-    optimizer = LARS([used, unused], lr=0.1, weight_decay=0.1)
-    used.grad = torch.ones(2, 2)
-    optimizer.step()
-    assert not torch.equal(used, torch.ones(2, 2)) and torch.equal(unused, torch.ones(2, 2))
+    for p, q in zip(straight, stopped):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("bad", (
-    dict(lr=-1), dict(lr=0.1, momentum=1), dict(lr=0.1, weight_decay=-1), dict(lr=0.1, trust_coefficient=-1),
-    dict(lr=float("nan"))))
+    dict(lr=-1), dict(lr=0.1, momentum=1), dict(lr=0.1, momentum=-0.1),
+    dict(lr=0.1, weight_decay=-1), dict(lr=0.1, trust_coefficient=-1), dict(lr=math.nan)))
 def test_bad_input(bad):
     with pytest.raises(ValueError, match="need lr"):
-        LARS([torch.nn.Parameter(torch.ones(1))], **bad)
+        LARS([weight([1.0])], **bad)

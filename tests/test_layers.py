@@ -1,57 +1,164 @@
-"""Layers against the same sums written as loops, and the sizes that they refuse."""
+"""Layers against the same sums written as loops, SESN's own numbers, and what they refuse."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hssl import Crops, Rotation, Scale, Translation, allowed_pairs, crop, drawn_sets, h_ssl_loss, readout
-from layers import (DenseBackbone, GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement, ResidualBackbone,
-                    default_filters, steerable_basis)
-from losses import nt_xent
+from hssl import Rotation, equivariance_error
+from layers import (DenseBackbone, GroupConv2d, LiftingConv2d, MNISTBackbone, PerElement,
+                    ResidualBackbone, Untied, make_encoder, steerable_basis)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+# --------------------------------------------------------------------------------------- the basis
+
+# What SESN's own code gives, to seven digits. Each function is symmetric or antisymmetric, so its
+# upper left quarter, the middle row and column being the last, says all.
+SESN_SCALES = {
+    (2, 1): [
+        [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, -0.0880698, 0], [0, 0, 0.6960514, 0]],
+        [[0, 0, 0, 0], [0, -0.1139608, -0.1446295, 0], [0, 0.0738825, 0.0937654, 0],
+         [0, 0.265902, 0.3374606, 0]],
+        [[-0.0536565, -0.0781013, -0.0623885, 0], [-0.0161317, -0.023481, -0.018757, 0],
+         [0.0710632, 0.1034382, 0.082628, 0], [0.1208096, 0.1758481, 0.1404702, 0]],
+    ],
+}
+SESN_ONE_SCALE = {
+    (2, 1): [
+        [[-0.0005055, -0.0073805, -0.0235128, 0], [-0.004312, -0.0629516, -0.2005515, 0],
+         [-0.0016364, -0.0238901, -0.0761093, 0], [0.0129333, 0.1888136, 0.6015232, 0]],
+    ],
+    (2, 2): [
+        [[0.0012152, 0.0103646, 0.0039334, -0.0310871],
+         [0.0103646, 0.0884048, 0.0335496, -0.2651565],
+         [0.0039334, 0.0335496, 0.0127321, -0.1006269],
+         [-0.0310871, -0.2651565, -0.1006269, 0.7952959]],
+    ],
+}
+
+
+def unfold_quarter(quarter, rows, columns):
+    """The whole of a function (G, 7, 7) from its quarter (G, 4, 4) and its orders along the rows
+    and columns: odd ones change sign."""
+    half = torch.cat([quarter, (-1)**columns * quarter[..., :3].flip(-1)], -1)
+    return torch.cat([half, (-1)**rows * half[:, :3].flip(1)], 1)
+
+
+@pytest.mark.parametrize("group, group_size, expected", (
+    ("scale", 3, SESN_SCALES), ("translation", 1, SESN_ONE_SCALE)))
+def test_the_basis_is_sesn_s(group, group_size, expected):
+    """To 1e-6, though the functions may come in another order."""
+    basis = steerable_basis(group, group_size, kernel_size=7)
+    assert basis.shape == (9, group_size, 7, 7) and basis.dtype == torch.float64
+    for (rows, columns), quarter in expected.items():
+        function = unfold_quarter(torch.tensor(quarter), rows, columns)
+        distance = (basis - function).abs().amax((1, 2, 3))
+        assert distance.min() < 1e-6, (rows, columns)
+
+
+@pytest.mark.parametrize("group, effective_size, count", (
+    ("translation", None, 9), ("translation", 2, 4), ("scale", None, 9), ("rotation", None, 15),
+    ("rotation", 3, 6)))
+def test_number_of_functions(group, effective_size, count):
+    """n, m < 3; for rotation n + m < 5."""
+    size = dict(translation=1, rotation=8, scale=2)[group]
+    basis = steerable_basis(group, size, 7, effective_size)
+    assert basis.shape == (count, size, 7, 7)
+    norms = basis[:, 0].square().sum((1, 2))
+    torch.testing.assert_close(norms, torch.ones(count))
+    default = dict(translation=3, rotation=5, scale=3)[group]
+    if effective_size is None:
+        assert torch.equal(basis, steerable_basis(group, size, 7, default))
+
+
+def test_quarter_turns_of_the_basis_are_exact():
+    """The functions at 90 degrees are those at 0, turned, to the last bit."""
+    basis = steerable_basis("rotation", 4, 7)
+    for i in range(3):
+        assert torch.equal(basis[:, i + 1], basis[:, i].rot90(1, (1, 2)))
+
+
+def test_the_basis_turns_within_its_own_span():
+    """The functions at 45 degrees are combinations of those at 0; the square of orders is not
+    closed."""
+    basis = steerable_basis("rotation", 8, 21, sigma=2.0).flatten(2)    # fine enough to be exact
+    at_zero = basis[:, 0].T    # (k·k, K)
+    turned = basis[:, 1].T
+    combination = torch.linalg.lstsq(at_zero, turned).solution
+    assert (at_zero @ combination - turned).norm() < 1e-10 * turned.norm()
+
+
+@pytest.mark.parametrize("arguments, message", (
+    (("shear", 1, 5), "translation, rotation or scale"), (("translation", 2, 5), "translation 1"),
+    (("rotation", 0, 5), "at least 1"), (("rotation", 4, 4), "odd"), (("rotation", 4, -1), "odd"),
+    (("rotation", 4, 5, 0), "effective_size is 0"), (("rotation", 4, 5, None, 0.0), "sigma is 0"),
+    (("rotation", 4, 5, None, math.inf), "sigma is inf"),
+    (("rotation", 4, 5, None, math.nan), "sigma is nan"),
+    (("scale", 3, 7, None, 0.9, 1.0), "scale_step 1"),
+    (("scale", 3, 7, None, 0.9, math.inf), "scale_step inf"), (("scale", 3, 1), "vanishes"),
+    (("rotation", 4, 1), "vanishes"), (("rotation", 4, 7, None, 1e-300), "vanishes"),
+    (("rotation", 4, 7, None, 1e100), "vanishes"),
+))
+def test_what_makes_no_basis(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        steerable_basis(*arguments)
+
+
+# --------------------------------------------------------------------------------- the two layers
+
 def by_loops(layer, x, cyclic):
-    """y(g) = bias + Σ_e conv2d( x(g + e), Σ_k weight[:, :, e, k] basis[k, g] ), one element and offset at a time."""
-    count, group_size, side = layer.basis.shape[:3]
+    """y(g) = bias + Σ_e conv2d( x(g + e), Σ_k weight[:, :, e, k] basis[k, g] ), one at a time."""
+    functions, group_size, side = layer.basis.shape[:3]
     outputs = []
     for g in range(group_size):
         y = layer.bias[None, :, None, None]
         for e in range(layer.extent):
             if g + e < group_size or cyclic:
-                kernel = sum(layer.weight[:, :, e, k, None, None] * layer.basis[k, g] for k in range(count))
-                y = y + F.conv2d(x[:, :, (g + e) % group_size], kernel, padding=side // 2)
+                kernel = 0
+                for k in range(functions):
+                    kernel = kernel + layer.weight[:, :, e, k, None, None] * layer.basis[k, g]
+                neighbour = x[:, :, (g + e) % group_size]
+                y = y + F.conv2d(neighbour, kernel, padding=side // 2)
         outputs.append(y)
     return torch.stack(outputs, 2)
 
 
 @pytest.mark.parametrize("group, group_size, extent", (
-    *[("rotation", 4, e) for e in (1, 2, 3, 4)], *[("scale", 3, e) for e in (1, 2, 3)], ("translation", 1, 1)))
+    ("rotation", 4, 1), ("rotation", 4, 3), ("rotation", 4, 4), ("scale", 3, 1), ("scale", 3, 2),
+    ("scale", 3, 3), ("translation", 1, 1)))
 def test_group_convolution(group, group_size, extent):
-    """Against the same sums by loops, on maps that are not square."""
-    layer = GroupConv2d(2, 3, steerable_basis(group, group_size, 5, 2, 0.9), extent, cyclic=group == "rotation")
+    """Against the loops, on maps that are not square."""
+    cyclic = group == "rotation"
+    layer = GroupConv2d(2, 3, steerable_basis(group, group_size, 5, 2), extent, cyclic)
     nn.init.normal_(layer.bias)
     x = torch.randn(2, 2, group_size, 8, 6)
-    torch.testing.assert_close(layer(x), by_loops(layer, x, group == "rotation"), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x), by_loops(layer, x, cyclic), rtol=1e-12, atol=1e-12)
 
 
 def test_circular_padding():
-    """Far from zeros: the same as without padding on a map that goes on, three positions on each side, as it began."""
-    layer = GroupConv2d(2, 3, steerable_basis("scale", 3, 7, 3, 0.9), extent=2, padding_mode="circular")
+    """The same as on a map that goes on, on each side, as it began."""
+    basis = steerable_basis("scale", 3, 7)
+    layer = GroupConv2d(2, 3, basis, extent=2, padding_mode="circular")
     nn.init.normal_(layer.bias)
     x = torch.randn(2, 2, 3, 8, 6)
-    around = by_loops(layer, torch.cat([torch.cat([x] * 3, 3)] * 3, 4), False)
+    around = by_loops(layer, x.repeat(1, 1, 1, 3, 3), False)
     torch.testing.assert_close(layer(x), around[..., 8:16, 6:12], rtol=1e-12, atol=1e-12)
 
 
-def test_lifting_convolution():
+@pytest.mark.parametrize("bias", (True, False))
+def test_lifting_convolution(bias):
     """Lifting is the group layer on an image that is the same at every element."""
-    basis = steerable_basis("scale", 3, 7, 3, 0.9)
-    layer = LiftingConv2d(2, 3, basis)
-    nn.init.normal_(layer.bias)
+    layer = LiftingConv2d(2, 3, steerable_basis("rotation", 4, 5), bias=bias)
     x = torch.randn(2, 2, 8, 8)
-    expected = by_loops(layer, x[:, :, None].expand(-1, -1, 3, -1, -1), False)
+    group_layer = GroupConv2d(2, 3, layer.basis)
+    group_layer.weight = layer.weight
+    if bias:
+        nn.init.normal_(layer.bias)
+        group_layer.bias = layer.bias
+    expected = by_loops(group_layer, x[:, :, None].expand(-1, -1, 4, -1, -1), False)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -59,169 +166,191 @@ def test_batch_norm_statistics_are_per_channel():
     """PerElement(BatchNorm2d) normalises each channel over (B, G, H, W)."""
     x = torch.randn(3, 2, 4, 5, 5) * 3 + 1
     y = PerElement(nn.BatchNorm2d(2))(x)
-    mean, var = x.mean((0, 2, 3, 4), keepdim=True), x.var((0, 2, 3, 4), keepdim=True, unbiased=False)
-    torch.testing.assert_close(y, (x - mean) / (var + 1e-5).sqrt(), rtol=1e-10, atol=1e-10)
+    mean = x.mean((0, 2, 3, 4), keepdim=True)
+    variance = x.var((0, 2, 3, 4), keepdim=True, correction=0)
+    torch.testing.assert_close(y, (x - mean) / (variance + 1e-5).sqrt())
 
 
-@pytest.mark.parametrize("group, group_size", (("translation", 1), ("rotation", 4), ("scale", 3)))
-def test_backbone_shape_and_layout(group, group_size):
-    """(B, 1, 28, 28) -> (B, C, G, 7, 7), with G before C in memory so that folding it never copies."""
-    z = MNISTBackbone(group, group_size, (2, 3, 5))(torch.randn(2, 1, 28, 28))
-    assert z.shape == (2, 5, group_size, 7, 7) and z.transpose(1, 2).is_contiguous()
+def test_pooling_before_relu_is_sesn_s_order():
+    """The same outputs and gradients as with ReLU first, bit for bit."""
+    x = torch.randn(4, 3, 2, 8, 8, requires_grad=True)
+    torch.manual_seed(1)
+    ours = PerElement(nn.MaxPool2d(2), nn.ReLU(), nn.BatchNorm2d(3))
+    sesn = PerElement(nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(3))
+    y = ours(x)
+    expected = sesn(x)
+    assert (expected == expected.amin()).sum() > 1    # some windows have no positive value
+    assert torch.equal(y, expected)
+    weight = torch.randn_like(y)
+    gradient, = torch.autograd.grad((y * weight).sum(), x)
+    expected, = torch.autograd.grad((expected * weight).sum(), x)
+    assert torch.equal(gradient, expected)
+    stages = [module for module in MNISTBackbone() if isinstance(module, PerElement)]
+    for stage in stages[:2]:
+        assert [type(module) for module in stage] == [nn.MaxPool2d, nn.ReLU, nn.BatchNorm2d]
 
 
-@pytest.mark.parametrize("group, kernel_size, effective_size, sigma, count", (
-    ("translation", 5, 3, 0.9, 9), ("translation", 7, 3, 0.9, 9), ("scale", 7, 3, 0.7, 9), ("scale", 9, 3, 0.9, 9),
-    ("rotation", 3, 3, 0.453, 6), ("rotation", 5, 4, 0.730, 10), ("rotation", 7, 5, 0.955, 15),
-    ("rotation", 9, 6, 1.150, 21)))
-def test_default_filters(group, kernel_size, effective_size, sigma, count):
-    """What the basis has unless said otherwise, in both backbones too; one of the two may be given alone."""
-    assert default_filters(group, kernel_size) == (effective_size, pytest.approx(sigma, abs=5e-4))
-    width, size = default_filters(group, kernel_size)[1], {"translation": 1, "rotation": 8, "scale": 3}[group]
-    basis = steerable_basis(group, size, kernel_size)
-    assert basis.shape == (count, size, kernel_size, kernel_size) and basis.dtype == torch.float64
-    assert torch.equal(basis, steerable_basis(group, size, kernel_size, effective_size))
-    assert torch.equal(basis, steerable_basis(group, size, kernel_size, sigma=width))
-    assert not torch.allclose(basis, steerable_basis(group, size, kernel_size, sigma=1.1 * width))
-    assert len(steerable_basis(group, size, kernel_size, 2)) == (3 if group == "rotation" else 4)
-    for backbone, widths in ((MNISTBackbone, (1, 1, 1)), (ResidualBackbone, (1, 1, 1, 1))):
-        assert torch.equal(backbone(group, size, widths, kernel_size=kernel_size)[0].basis, basis)
+# ---------------------------------------------------------------------------------- the backbones
+
+@pytest.mark.parametrize("group, group_size, extent", (
+    ("translation", 1, 1), ("rotation", 4, 4), ("scale", 3, 1)))
+def test_backbone_shape_and_layout(group, group_size, extent):
+    """(B, 1, 28, 28) -> (B, C, G, 7, 7), with G before C in memory, so that folding it copies
+    nothing."""
+    for backbone, widths in ((MNISTBackbone, (2, 3, 5)), (ResidualBackbone, (2, 3, 4, 5))):
+        f = backbone(group, group_size, widths, in_channels=1)
+        z = f(torch.randn(2, 1, 28, 28))
+        assert z.shape == (2, 5, group_size, 7, 7) and z.transpose(1, 2).flatten(1, 2)._base is not None
+        extents = {m.extent for m in f.modules() if isinstance(m, GroupConv2d)}
+        assert extents == {extent} and f.stride == 4
 
 
-@pytest.mark.parametrize("make, message", (
-    (lambda: steerable_basis("shear", 1, 5, 2, 1.0), "must be one of"),
-    (lambda: steerable_basis("translation", 2, 5, 2, 1.0), "exactly 1"),
-    (lambda: steerable_basis("rotation", 4, 4, 2, 1.0), "odd"),
-    (lambda: steerable_basis("rotation", 4, 5, 0, 1.0), "effective_size >= 1"),
-    (lambda: steerable_basis("rotation", 4, 5, sigma=0.0), "sigma > 0"),
-    (lambda: steerable_basis("scale", 3, 5, scale_step=1.0), "scale_step > 1"),
-    (lambda: steerable_basis("scale", 3, 1, 3, 1.0), "vanishes"),
-    (lambda: steerable_basis("rotation", 4, 1), "vanishes"),
-    (lambda: steerable_basis("translation", 1, 1), "vanishes"),
-    (lambda: steerable_basis("rotation", 4, 7, sigma=1e-300), "vanishes"),
-    (lambda: steerable_basis("rotation", 4, 7, sigma=1e100), "vanishes"),
-    (lambda: ResidualBackbone("rotation", 4, kernel_size=6), "odd"),
-    (lambda: GroupConv2d(1, 1, steerable_basis("rotation", 4, 5, 2, 1.0), extent=5), "1 to 4"),
-    (lambda: LiftingConv2d(1, 1, steerable_basis("rotation", 4, 5, 2, 1.0), padding_mode="mirror"), "'circular'"),
-    (lambda: MNISTBackbone(widths=(1, 2)), "3 positive"),
-    (lambda: MNISTBackbone(widths=(1, 1, 1))(torch.zeros(1, 1, 30, 28)), "divisible by 4"),
-    (lambda: Translation(7, 8, 4), "1 to 7"), (lambda: Rotation(4, 5), "1 to 4"), (lambda: Scale(3, 1.41, 4), "1 to 3"),
-    (lambda: Rotation(4).T(torch.tensor([1]), torch.zeros(1, 1, 4, 5)), "square"),
-    (lambda: Rotation(8).view(torch.tensor([2]), torch.zeros(1, 1, 4, 7, 7)), "4 places on the group axis"),
-    (lambda: Scale(3, 1.41).Γ(torch.tensor([0]), torch.zeros(1, 1, 2, 7, 7)), "this group has 3"),
-    (lambda: Translation(7, 4, 4).view(torch.tensor([[1, 0]]), torch.zeros(1, 1, 1, 5, 5)), "maps are 5x5"),
-    (lambda: Translation(7, 4, 4, True).Γ(torch.tensor([[1, 0]]), torch.zeros(1, 1, 1, 7, 8)), "are 7x7"),
-    (lambda: allowed_pairs(Translation(7, 7, 4)), "two group elements"),
-    (lambda: allowed_pairs(Translation(7, 6, 4), 0), "at most 0 apart"),
-    (lambda: drawn_sets(Rotation(4), 5), "fewer views"),
-    (lambda: DenseBackbone(28, (1, 2)), "3 positive"),
+def sesn(f, x, stride):
+    """SESN's wide residual network up to its maximum over scales, one scale at a time, with 3-D
+    batch norm and the weights of f.
+
+    Blocks that halve the map stride their first convolution and shortcut, as in SESN, if stride;
+    else they average the activated map before these.
+    """
+    def convolution(layer, x, step=1):
+        outputs = []
+        for s in range(layer.group_size):
+            kernel = torch.einsum("oiek,khw->oihw", layer.weight, layer.basis[:, s])
+            scale = x if x.ndim == 4 else x[:, :, s]
+            outputs.append(F.conv2d(scale, kernel, stride=step, padding=layer.padding))
+        return torch.stack(outputs, 2)
+
+    def norm_relu(norm, x):    # (B, C, S, H, W)
+        return F.relu(F.batch_norm(x, None, None, norm.weight, norm.bias, training=True))
+
+    x = convolution(f[0], x)
+    for block in list(f)[1:-1]:
+        y = norm_relu(block.activate[0], x)
+        step = 1
+        if len(block.activate) == 3 and stride:
+            step = 2
+        elif len(block.activate) == 3:
+            y = F.avg_pool3d(y, (1, 2, 2))
+        if block.shortcut is not None:
+            weight = block.shortcut[0].weight[:, :, None]
+            x = F.conv3d(y, weight, stride=(1, step, step))
+        y = convolution(block.first, y, step)
+        x = x + convolution(block.second, norm_relu(block.between[0], y))
+    return norm_relu(f[-1][0], x)
+
+
+def residual(group, group_size):
+    f = ResidualBackbone(group, group_size, (2, 3, 4, 5)).train()
+    for parameter in f.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=0.5, std=0.5)
+    return f
+
+
+def test_the_residual_network_is_sesn_s_but_for_the_strides():
+    """Same weights, same outputs as SESN's with means in place of its strides."""
+    f = residual("scale", 3)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(f(x), sesn(f, x, stride=False), rtol=1e-10, atol=1e-12)
+
+
+def test_strides_would_break_quarter_turns():
+    """At 32 pixels, where the network itself is exact."""
+    class Strided(nn.Module):
+        """The rotation network, of extent 1, with SESN's strides."""
+        def forward(self, x):
+            return sesn(f, x, stride=True)
+
+    f = ResidualBackbone("rotation", 4, (2, 3, 4, 5), extent=1).train()
+    x = torch.randn(2, 3, 32, 32)
+    group = Rotation(4)
+    assert equivariance_error(f, group, x).max() < 1e-10
+    assert equivariance_error(Strided(), group, x, group.elements[1:]).min() > 0.1
+
+
+def test_number_of_parameters_is_sesn_s():
+    """For scale: 9 numbers per filter, two per batch norm channel, 1x1 shortcuts."""
+    widths = (16, 128, 256, 512)
+    count = 9 * 3 * 16
+    for a, b in zip(widths, widths[1:]):
+        # Two blocks: four convolutions, a shortcut, four norms.
+        count += 9 * (a * b + 3 * b * b) + a * b + 2 * (a + 3 * b)
+    count += 2 * 512
+    f = ResidualBackbone("scale", 3)
+    assert sum(p.numel() for p in f.parameters()) == count == 10_956_240
+
+
+def test_untied_names_the_channels_of_an_ordinary_network():
+    """Channel c·G + g is channel c at g."""
+    network = MNISTBackbone(widths=(8, 12, 20))
+    f = Untied(network, 4).eval()
+    x = torch.randn(2, 1, 28, 28)
+    z = f(x)
+    assert z.shape == (2, 5, 4, 7, 7) and f.stride == 4
+    assert torch.equal(z[:, 3, 2], network(x)[:, 3 * 4 + 2, 0])
+
+
+def test_dense_backbone_shares_nothing():
+    """As many outputs a stage as the convolution, and a weight for each pair."""
+    f = DenseBackbone(8, (2, 3, 5)).eval()
+    assert f(torch.randn(2, 1, 8, 8)).shape == (2, 5, 1, 2, 2)
+    sizes = [tuple(m.weight.shape) for m in f if isinstance(m, nn.Linear)]
+    assert sizes == [(2 * 4 * 4, 8 * 8), (3 * 2 * 2, 2 * 4 * 4), (5 * 2 * 2, 3 * 2 * 2)]
+
+
+@pytest.mark.parametrize("backbone, group, structure, kind", (
+    ("mnist", "rotation", "group", MNISTBackbone), ("residual", "scale", "group", ResidualBackbone),
+    ("mnist", "scale", "none", Untied), ("residual", "rotation", "none", Untied),
+    ("mnist", "translation", "none", DenseBackbone)))
+def test_make_encoder(backbone, group, structure, kind):
+    """The activations are the same with and without structure."""
+    group_size = dict(translation=1, rotation=4, scale=3)[group]
+    widths = [2, 3, 4, 5][-3 - (backbone == "residual"):]
+    f = make_encoder(backbone, group, group_size, widths, (3, 16), structure=structure)
+    assert type(f) is kind
+    assert f(torch.randn(2, 3, 16, 16)).shape == (2, 5, group_size, 4, 4)
+
+
+def test_make_encoder_hands_all_its_arguments_on():
+    f = make_encoder("mnist", "scale", 2, (2, 3, 4), (1, 28), 5, "group", 2, 0.8, 1.3, 2, "circular")
+    expected = MNISTBackbone("scale", 2, (2, 3, 4), 1, 5, 2, 0.8, 1.3, 2, "circular")
+    expected.load_state_dict(f.state_dict())
+    x = torch.randn(2, 1, 28, 28)
+    assert torch.equal(f(x), expected(x))
+
+
+BASIS = steerable_basis("rotation", 4, 5)
+
+
+@pytest.mark.parametrize("make, arguments, message", (
+    (GroupConv2d, (1, 1, BASIS, 5), "1 to 4"), (GroupConv2d, (1, 1, BASIS, 0), "1 to 4"),
+    (LiftingConv2d, (1, 1, BASIS, "mirror"), "zeros or circular"),
+    (LiftingConv2d, (0, 1, BASIS), "needs channels"), (GroupConv2d, (1, 0, BASIS), "needs channels"),
+    (MNISTBackbone, ("translation", 1, (1, 2)), "3 numbers of channels"),
+    (ResidualBackbone, ("rotation", 4, (1, 2, 3)), "4 numbers of channels"),
+    (ResidualBackbone, ("rotation", 4, (1, 2, 3, 4), 0), "needs channels"),
+    (MNISTBackbone, ("rotation", 4, (1, 2, 3), 0), "needs channels"),
+    (MNISTBackbone, ("rotation", 4, (0, 2, 3)), "needs channels"),
+    (DenseBackbone, (28, (1, 2)), "3 numbers of channels"),
+    (make_encoder, ("mnist", "rotation", 4, (1, 2, 3), (1, 28), 29), "not below the kernel"),
+    (make_encoder, ("mnist", "rotation", 4, (1, 2, 3), (1, 30)), "multiple of 4"),
+    (make_encoder, ("mnist", "mirror", 4, (1, 2, 3), (1, 28)), "translation, rotation or scale"),
+    (make_encoder, ("mnist", "rotation", 4, (1, 2, 3), (0, 28)), "needs channels"),
+    (make_encoder, ("mnist", "rotation", 4, (1, 2, 3), (1, 28), 7, "group", None, math.inf),
+     "sigma is inf"),
+    (make_encoder, ("mnist", "scale", 3, (1, 2, 3), (1, 28), 7, "group", None, 0.9, math.inf),
+     "scale_step inf"),
+    (make_encoder, ("residual", "translation", 1, (1, 2, 3, 4), (1, 28), 7, "none"), "too large"),
 ))
-def test_what_is_refused(make, message):
+def test_what_is_refused(make, arguments, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        make(*arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------- the groups
-
-def test_distances_and_pairs():
-    """Pairs are all (g1, g2) with 1 <= distance <= the largest; the rotation and circular axes close."""
-    rotation, scale, window = Rotation(8), Scale(4, 1.41), Translation(7, 4, 4)
-    circular = Translation(7, 4, 4, circular=True)
-    assert rotation.distance(torch.tensor(1), torch.tensor(7)) == 2 and len(allowed_pairs(rotation, 1)) == 16
-    assert len(window.elements) == 16 and len(allowed_pairs(window)) == 16 * 15
-    assert circular.distance(torch.tensor([0, 0]), torch.tensor([6, 3])) == 3
-    assert len(allowed_pairs(circular, 1)) == 49 * 8
-    assert scale.elements.tolist() == [-2, -1, 0, 1] and len(allowed_pairs(scale, 1)) == 6
-
-
-@pytest.mark.parametrize("group, views", (
-    (Rotation(4), 4), (Rotation(8), 3), (Translation(7, 5, 4), 4), (Scale(4, 1.41), 3), (Translation(7, 5, 4), 2)))
-def test_sets_of_views(group, views):
-    """Random sets of different elements: each element is as likely as any other at each place, and sets differ."""
-    count, elements = 4000, len(group.elements)
-    sets = drawn_sets(group, views, count)
-    assert sets.shape == (count, views) and 0 <= sets.min() and sets.max() < elements
-    assert all(len(set(row)) == views for row in sets.tolist())
-    for place in sets.T:
-        frequency = torch.bincount(place, minlength=elements) / count
-        assert (frequency - 1 / elements).abs().max() < 5 * (elements * count) ** -0.5             # 5 sigma
-    assert len(drawn_sets(group, views)) == 10_000 and not torch.equal(drawn_sets(group, views, count), sets)
-
-
-@pytest.mark.parametrize("circular", (False, True))
-def test_crops_are_the_windows_pixels(circular):
-    """Crops.T cuts from the image the square whose positions Translation.view cuts from the features."""
-    crops, shifts = Crops(7, 3, 4, circular), Translation(7, 3, 4, circular)
-
-    def f(x):                                                                      # of stride 4, and sees no further
-        return F.avg_pool2d(x, 4).unsqueeze(2)
-    g = crops.elements
-    assert torch.equal(g, shifts.elements) and torch.equal(crops.distance(g, g.flip(0)), shifts.distance(g, g.flip(0)))
-    x = torch.randn(len(g), 2, 28, 28)
-    assert crops.T(g, x).shape[-2:] == (12, 12)
-    torch.testing.assert_close(crops.base(f(crops.T(g, x))), shifts.view(g, f(x)), rtol=0, atol=0)
-
-
-def test_crops_cannot_move_features():
-    """No Γ_g acts on features of the pixels that are left, so Crops has neither Γ nor view."""
-    crops = Crops(7, 3, 4)
-    assert not hasattr(crops, "Γ") and not hasattr(crops, "view")
-
-
-def test_one_position_is_the_local_patch_family():
-    """|G0| = 1 on translation: L_H is a loss between single fibers of one map, here written from them directly."""
-    group, z = Translation(7, 1, 4), torch.randn(5, 3, 1, 7, 7)
-    assert len(group.elements) == 49
-    g1, g2 = group.elements[torch.randint(49, (2, 5))]
-    found = h_ssl_loss(lambda x: z, torch.nn.Flatten(), nt_xent, group, None, g1, g2)
-    fibers = [torch.stack([z[i, :, 0, 3 - g[i, 0], 3 - g[i, 1]] for i in range(5)]) for g in (g1, g2)]         # (5, 3)
-    torch.testing.assert_close(found, nt_xent(*fibers), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("circular", (False, True))
-def test_crop(circular):
-    """Against one padded or rolled image at a time."""
-    x, corner = torch.randn(6, 2, 5, 7), torch.randint(-4, 5, (6, 2))
-    for image, (top, left), window in zip(x, corner.tolist(), crop(x, corner, (3, 4), 4, circular)):
-        if circular:
-            expected = image.roll((-top, -left), (1, 2))[:, :3, :4]
-        else:
-            expected = F.pad(image, (10, 10, 10, 10))[:, top + 10:top + 13, left + 10:left + 14]
-        assert torch.equal(window, expected)
-
-
-def test_quarter_turns_and_enlargements_of_images():
-    """T_g turns counter-clockwise as torch.rot90 does, and enlarging by 2 doubles distances from the centre."""
-    x = torch.randn(4, 2, 6, 6)
-    turned = Rotation(4).T(torch.arange(4), x)
-    assert all(torch.equal(turned[q], x[q].rot90(q, (-2, -1))) for q in range(4))
-    turned = Rotation(8).T(torch.tensor([2, 0, 6, 4]), x)
-    assert all(torch.equal(turned[i], x[i].rot90(q, (-2, -1))) for i, q in enumerate((1, 0, 3, 2)))
-    ramp = torch.arange(-3.5, 4)[None, None, None].expand(1, 1, 8, 8)                                # the x coordinate
-    torch.testing.assert_close(Scale(3, 2.0).T(torch.tensor([1]), ramp)[0, 0, 3], torch.arange(-3.5, 4) / 2)
-
-
-@pytest.mark.parametrize("group, group_size", (
-    (Translation(7, 4, 4), 1), (Translation(7, 3, 4, circular=True), 1), (Translation(7, 4, 4), 3), (Rotation(4), 4),
-    (Rotation(8, 3), 8), (Scale(3, 1.41), 3), (Scale(4, 1.41, 2), 4)))
-def test_a_view_is_the_base_of_moved_features(group, group_size):
-    """view(g, z) = base(Γ(g, z)) for every element, and view = base where g is the identity."""
-    g = group.elements
-    z = torch.randn(len(g), 2, group_size, 7, 7)
-    torch.testing.assert_close(group.view(g, z), group.base(group.Γ(g, z)), rtol=0, atol=0)
-    identity = (g.reshape(len(g), -1) == 0).all(1)
-    assert identity.sum() == 1
-    torch.testing.assert_close(group.view(g, z)[identity], group.base(z)[identity], rtol=1e-12, atol=1e-12)
-
-
-def test_scale_beyond_the_axis_is_zero():
-    """Γ_g moves scale s to s + g; scales that would come from beyond the axis are zero."""
-    z = torch.rand(1, 2, 3, 4, 4) + 1
-    moved = Scale(3, 1.41).Γ(torch.tensor([1]), z)
-    assert (moved[:, :, 0] == 0).all() and (moved[:, :, 1:] > 0).all()
-
-
-def test_readout_keeps_the_layout():
-    view = torch.randn(2, 3, 2, 4, 4)
-    assert readout(view).shape == (2, 96) and readout(view, 2).shape == (2, 24)
-    torch.testing.assert_close(readout(view, 1), view.mean((3, 4)).transpose(1, 2).flatten(1))
+@pytest.mark.parametrize("shape, padding, message", (
+    ((1, 1, 30, 28), "zeros", "divisible by 4"), ((1, 1, 28, 30), "zeros", "divisible by 4"),
+    ((1, 1, 8, 8), "circular", "smaller kernel")))
+def test_images_that_do_not_fit(shape, padding, message):
+    f = MNISTBackbone(widths=(1, 1, 1), padding_mode=padding)
+    with pytest.raises(ValueError, match=message):
+        f(torch.zeros(shape))
