@@ -233,27 +233,25 @@ class Rotation:
         return rotate(x, g, self.orientations)
 
     def Γ(self, g, z):
-        return self.read(g, z, self.orientations)
+        """(Γ_g z)(k, u) = z(k - g, u turned back)."""
+        check_features(z, self.orientations, side=z.shape[-1])
+        check_elements(g, (len(z),))
+        orientation = torch.arange(self.orientations, device=z.device)
+        source = (orientation - g[:, None]) % self.orientations    # (B, G)
+        maps = fold_group(pick(z, source))
+        maps = rotate(maps, g, self.orientations, outside="border")
+        return unfold_group(maps, self.orientations)
 
     def base(self, z):
-        check_features(z, self.orientations, side=z.shape[-1])
+        check_features(z, self.orientations)
         return z[:, :, :self.base_size]
 
     def view(self, g, z):    # (B, C, base_size, H, W)
-        return self.read(g, z, self.base_size)
+        return self.base(self.Γ(g, z))
 
     def distance(self, g1, g2):
         apart = (g1 - g2).abs()
         return torch.minimum(apart, self.orientations - apart)
-
-    def read(self, g, z, count):
-        """The first count orientations k of Γ_g z: (Γ_g z)(k, u) = z(k - g, u turned back)."""
-        check_features(z, self.orientations, side=z.shape[-1])
-        check_elements(g, (len(z),))
-        source = torch.arange(count, device=z.device) - g[:, None]    # (B, count)
-        moved = pick(z, source % self.orientations)
-        maps = rotate(fold_group(moved), g, self.orientations, outside="border")
-        return unfold_group(maps, count)
 
 
 # ------------------------------------------------------------------------------------------ scale
@@ -287,28 +285,24 @@ class Scale:
         return zoom(x, self.step ** g.double())
 
     def Γ(self, g, z):
-        return self.read(g, z, 0, self.scales)
+        """(Γ_g z)(s, u) = z(s - g, u / step**g), and zero beyond the axis."""
+        check_features(z, self.scales)
+        self.check_exponents(g, z)
+        source = torch.arange(self.scales, device=z.device) - g[:, None]    # (B, G)
+        exists = (source >= 0) & (source < self.scales)
+        moved = pick(z, source.clamp(0, self.scales - 1)) * exists[:, None, :, None, None]
+        maps = zoom(fold_group(moved), self.step ** g.double(), outside="border")
+        return unfold_group(maps, self.scales)
 
     def base(self, z):
         check_features(z, self.scales)
         return z[:, :, self.first:self.first + self.base_size]
 
     def view(self, g, z):    # (B, C, base_size, H, W)
-        return self.read(g, z, self.first, self.base_size)
+        return self.base(self.Γ(g, z))
 
     def distance(self, g1, g2):
         return (g1 - g2).abs()
-
-    def read(self, g, z, first, count):
-        """Scales s = first, first + 1, ... of Γ_g z: (Γ_g z)(s, u) = z(s - g, u / step**g),
-        zero beyond."""
-        check_features(z, self.scales)
-        self.check_exponents(g, z)
-        source = first + torch.arange(count, device=z.device) - g[:, None]    # (B, count)
-        exists = (source >= 0) & (source < self.scales)
-        moved = pick(z, source.clamp(0, self.scales - 1)) * exists[:, None, :, None, None]
-        maps = zoom(fold_group(moved), self.step ** g.double(), outside="border")
-        return unfold_group(maps, count)
 
     def check_exponents(self, g, x):
         check_elements(g, (len(x),), self.elements[0], self.elements[-1])

@@ -50,7 +50,7 @@ def write_whole(path, content):
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from None
+        raise OSError(f"cannot write {path}, whose old content still stands: {error}") from None
 
 
 def read_checkpoint(path):
@@ -100,15 +100,13 @@ def load_encoder(folder, device="cpu"):
 
 def load_data(settings, device, data_dir=None, cache_dir=None):
     """The data set of a run's settings; data_dir and cache_dir in place of its own folders."""
+    names = ("train_images", "image_size", "validate", "seed")
     return datasets.load(
         settings["dataset"],
         data_dir or settings["data_dir"],
         cache_dir or settings["cache_dir"],
         device,
-        settings["train_images"],
-        settings["image_size"],
-        settings["validate"],
-        settings["seed"],
+        **{name: settings[name] for name in names},
     )
 
 
@@ -168,15 +166,12 @@ def split_training(data):
     total = len(data.train_images)
     test, rest = hold_out(total)
     train = rest[:min(10_000, math.ceil(total / 5))]
-    return dataclasses.replace(
-        data,
-        train_images=data.train_images[train],
-        train_labels=data.train_labels[train],
-        train_files=data.train_files[train],
-        test_images=data.train_images[test],
-        test_labels=data.train_labels[test],
-        test_files=data.train_files[test],
-    )
+    fields = {}
+    for kind in ("images", "labels", "files"):
+        whole = getattr(data, f"train_{kind}")
+        fields[f"train_{kind}"] = whole[train]
+        fields[f"test_{kind}"] = whole[test]
+    return dataclasses.replace(data, **fields)
 
 
 # ----------------------------------------------------------------------------- measures
@@ -380,8 +375,9 @@ def write_features(path, encoder, data, grid, amp):
 def probe_run(folder, device, data_dir, cache_dir, features):
     """What the command does. Raises a ValueError or an OSError, in one line, for bad input."""
     encoder, settings = load_encoder(folder)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     amp = settings["amp"]
-    device = device or settings["device"]
     if device != settings["device"]:
         amp = "off"                             # The run's was chosen for another device.
     if device == "cuda" and not torch.cuda.is_available():
@@ -411,7 +407,7 @@ def main(argv=None):
     parser.add_argument("folder", metavar="RUN", help="a run's folder, the --out of train.py")
     parser.add_argument("--data-dir", help="where the data set is (default: as in the run)")
     parser.add_argument("--cache-dir", help="where decoded images are (default: as in the run)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: as in the run)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a GPU)")
     parser.add_argument("--features", metavar="FILE.npz", help="write the features there, no more")
     args = parser.parse_args(argv)
     try:

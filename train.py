@@ -52,8 +52,8 @@ DATASETS = {
 }
 GROUPS = {
     "translation": dict(group_size=1),
-    "rotation": dict(group_size=4, base_space=1),
-    "scale": dict(group_size=3, base_space=1),
+    "rotation": dict(group_size=4, base_space=1, kernel_size=7),
+    "scale": dict(group_size=3, base_space=1, kernel_size=7),
 }
 
 
@@ -153,19 +153,21 @@ def parse(argv=None):
 # --------------------------------------------------------------------------------- the objectives
 
 class SelfSupervised(nn.Module):
-    """Encoder, head and NT-Xent as one module, so that DistributedDataParallel sees one forward
-    pass.
+    """Encoder, head and NT-Xent as one module, so that DistributedDataParallel sees one pass.
 
-    ssl_loss is `h_ssl_loss` or `a_ssl_loss`.
+    view is one of the group's views, of any number of images, by which the head is made to fit.
     """
 
-    def __init__(self, encoder, head, group, ssl_loss, temperature):
+    def __init__(self, args, encoder, group, view):
         super().__init__()
+        hidden, out = args.head_widths
+        width = readout(view, args.grid).shape[1]
+        norm = args.objective != "nt-xent"
         self.encoder = encoder
-        self.head = head
+        self.head = ProjectionHead(width, hidden, out, args.grid, norm)
         self.group = group
-        self.ssl_loss = ssl_loss
-        self.temperature = temperature
+        self.temperature = args.temperature
+        self.ssl_loss = h_ssl_loss if args.method == "h-ssl" else a_ssl_loss
 
     def forward(self, x, g1, g2):    # x: (B, C, H, W), g1 and g2: (B, ...)
         return self.ssl_loss(self.encoder, self.head, self.compare, self.group, x, g1, g2)
@@ -177,9 +179,10 @@ class SelfSupervised(nn.Module):
 class SimSiam(SelfSupervised):
     """The same with SimSiam's objective and its predictor."""
 
-    def __init__(self, *args, dimensions, hidden):
-        super().__init__(*args)
-        self.predictor = Predictor(dimensions, hidden)
+    def __init__(self, args, encoder, group, view):
+        super().__init__(args, encoder, group, view)
+        hidden, out = args.head_widths
+        self.predictor = Predictor(out, hidden)
 
     def compare(self, h1, h2):
         return simsiam(self.predictor(h1), self.predictor(h2), h1, h2)
@@ -188,11 +191,10 @@ class SimSiam(SelfSupervised):
 class BYOL(SimSiam):
     """The same with BYOL's objective, whose targets come from a slowly averaged copy."""
 
-    def __init__(self, *args, dimensions, hidden):
-        super().__init__(*args, dimensions=dimensions, hidden=hidden)
-        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+    def __init__(self, args, encoder, group, view):
+        super().__init__(args, encoder, group, view)
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.targets = None
 
     def forward(self, x, g1, g2):
         with torch.no_grad():
@@ -239,16 +241,8 @@ def make_objective(args, encoder, group, data):
         width = readout(z, args.probe_grid).shape[1]
         return Supervised(encoder, nn.Linear(width, max(1, data.classes)), args.probe_grid)
 
-    ssl_loss = h_ssl_loss if args.method == "h-ssl" else a_ssl_loss
-    hidden, out = args.head_widths
-    width = readout(group.base(z), args.grid).shape[1]
-    head = ProjectionHead(width, hidden, out, args.grid, norm=args.objective != "nt-xent")
-    common = (encoder, head, group, ssl_loss, args.temperature)
-    if args.objective == "simsiam":
-        return SimSiam(*common, dimensions=out, hidden=hidden)
-    if args.objective == "byol":
-        return BYOL(*common, dimensions=out, hidden=hidden)
-    return SelfSupervised(*common)
+    objectives = {"nt-xent": SelfSupervised, "simsiam": SimSiam, "byol": BYOL}
+    return objectives[args.objective](args, encoder, group, group.base(z))
 
 
 def schedule(step, warmup, total):
@@ -286,7 +280,12 @@ def start_processes(args):
         torch.backends.fp32_precision = "ieee"    # or GPUs would convolve in TF32
     patient = None
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # After a restart the store still holds the addresses of the processes before (pytorch
+            # issue 135712). Those of one machine count restarts alike, which tells them apart.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     return rank, local_rank, world, device, patient
 
@@ -357,7 +356,7 @@ def open_log(out, step):
 # --------------------------------------------------------------------------------------- training
 
 def prepare(args):
-    """All that bad input can stop, with a ValueError or an OSError."""
+    """All that comes before the first step, and that bad input can stop."""
     processes = start_processes(args)
     rank, local_rank, world, device, patient = processes
     # The first process may download and decode, then each machine's first, then the others.
@@ -385,9 +384,8 @@ def prepare(args):
     group = make_group(args.group, args.group_size, args.base_space, side, encoder.stride,
                        args.scale_step, args.padding == "circular", args.crop)
     objective = make_objective(args, encoder, group, data)
-    optimizer = LARS(
-        [parameter for parameter in objective.parameters() if parameter.requires_grad],
-        args.lr, args.momentum, args.weight_decay, args.trust_coefficient)
+    optimizer = LARS(objective.parameters(), args.lr, args.momentum, args.weight_decay,
+                     args.trust_coefficient)
     pairs = torch.zeros(1, 2, dtype=torch.int64)
     if args.method in ("h-ssl", "a-ssl"):
         pairs = allowed_pairs(group, args.max_distance)
@@ -408,11 +406,9 @@ def prepare(args):
     return processes, data, group, objective.to(device), optimizer, pairs, found[0]
 
 
-def main(args):
-    try:
-        processes, data, group, objective, optimizer, pairs, checkpoint = prepare(args)
-    except (ValueError, OSError) as error:
-        end(error, 2)
+def train(args):
+    """The whole run. Raises a ValueError or an OSError for bad input, or no room to save."""
+    processes, data, group, objective, optimizer, pairs, checkpoint = prepare(args)
     rank, local_rank, world, device, patient = processes
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
     count = len(data.train_images)
@@ -476,10 +472,7 @@ def main(args):
         if rank == 0:
             content = io.BytesIO()    # torch.save to a file would hide a full disk
             torch.save(states, content)
-            try:
-                probe.write_whole(path, content.getvalue())
-            except OSError as error:
-                end(f"{error}; {saved}; make room and go on with --resume", 2)
+            probe.write_whole(path, content.getvalue())
         saved = f"the last checkpoint is of step {step}"
 
     # ---- training
@@ -556,6 +549,13 @@ def main(args):
     wait(patient)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def main(args):
+    try:
+        train(args)
+    except (ValueError, OSError) as error:
+        end(error, 2)
 
 
 if __name__ == "__main__":

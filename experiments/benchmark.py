@@ -1,319 +1,430 @@
-"""Measure the project's times and memory, each beside what it is compared with.
+"""Time the project's parts, each beside what it is compared with, and compare their memory.
 
-    python experiments/benchmark.py [--parts abcdefghij] [--rounds 7] [--device cpu] [--threads 2]
+    python experiments/benchmark.py [--rows step form ...] [--device cpu] [--batch-size 64]
 
-What is compared runs in one process, in alternating order; medians over the rounds, of the times and of the ratios
-within a round. escnn, lightly and timm take part if they are installed; the project does not need them. Images are
-random: nothing is downloaded.
+    step           a training step of A-SSL over H-SSL: three groups, float32 and half precision
+    form           an H-SSL step with ReLU before pooling, or without channels-last, over ours
+    convolution    our group convolution over conv2d of the same sizes, forward and backward
+    lars           LARS, ours, timm's and lightly's, over torch's SGD, on the residual network
+    nt_xent        lightly's NT-Xent over ours, forward and backward
+    epoch          an epoch of train.py over as many bare steps
 
+The two sides of a row take turns in one process. Networks have their full width, images are random,
+and timm and lightly take part if they are installed. Prints one Markdown table, and writes
+experiments/results/benchmark-DEVICE.json.
+
+Letters: B batch, C channels, G group elements, H W space.
 """
 import argparse
 import contextlib
-import functools
+import gc
+import importlib
 import io
-import itertools
+import json
+import os
+import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import DeviceType
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
-from runs import machine                                                       # first: it finds the project's modules
-import data as datasets
-import run
-import train
-from hssl import Rotation, Translation
-from lars import LARS
-from layers import GroupConv2d, LiftingConv2d, ResidualBackbone, steerable_basis
-from losses import nt_xent
-from measure import (FLAGS, compare, flags_of, header, installed, peak_memory, row, seconds, step_memory,
-                     training_step)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-# ----------------------------------------------------------------------------------------------------------- the parts
-def steps(args):
-    """training step: A-SSL over H-SSL, for each data set and group"""
-    header("(a) training step", "images", "A-SSL, s", "H-SSL, s", "A-SSL / H-SSL")
-    for dataset in FLAGS[args.device]:
-        for group in train.GROUPS:
-            flags = flags_of(dataset, group, args.device)
-            h_ssl, a_ssl = (training_step(f"{flags} --method {method}", args.device) for method in ("h-ssl", "a-ssl"))
-            times = compare({"h": h_ssl[0], "a": a_ssl[0]}, args.rounds, args.device)
-            row(f"{dataset}, {group}", h_ssl[2], f"{times['a'][0]:.3f}", f"{times['h'][0]:.3f}", f"{times['a'][1]:.2f}")
+import data as datasets    # noqa: E402
+import probe    # noqa: E402
+import train    # noqa: E402
+from hssl import (ProjectionHead, a_ssl_loss, allowed_pairs, h_ssl_loss, make_group,    # noqa: E402
+                  readout)
+from lars import LARS    # noqa: E402
+from layers import (GroupConv2d, PerElement, ResidualBackbone, default_extent,    # noqa: E402
+                    steerable_basis)
+from losses import nt_xent    # noqa: E402
 
 
-def convolution(group, group_size, extent, c_in, c_out, side, images, device):
-    """conv2d with ready filters, our layer and escnn's R2Conv, forward and backward: {name: callable}."""
-    lifting = c_in == 1
-    channels = c_in if lifting else group_size * c_in                          # that conv2d reads and writes
-    groups = group_size if extent == 1 and not lifting else 1
-    x, kernel, bias = (torch.randn(shape, device=device, requires_grad=True) for shape in (
-        (images, channels, side, side), (group_size * c_out, channels // groups, 7, 7), (group_size * c_out,)))
+# ------------------------------------------------------------------------------ time and memory
 
-    def both_ways(f, parameters):
-        parameters = list(parameters)
-
-        def both():
-            with run.precision(device, "float16" if device == "cuda" else "off"):                    # as train.py does
-                y = f(x)
-            torch.autograd.grad(y, (x, *parameters), torch.ones_like(y))
-        return both
-
-    basis = steerable_basis(group, group_size, 7)
-    if lifting:
-        layer = ours = LiftingConv2d(c_in, c_out, basis).to(device)
-    else:
-        layer = GroupConv2d(c_in, c_out, basis, extent, group == "rotation").to(device)
-        ours = lambda x: layer(x.unflatten(1, (group_size, c_in)).transpose(1, 2))                   # noqa: E731
-    sides = {"conv2d": both_ways(lambda x: F.conv2d(x, kernel, bias, padding=3, groups=groups), (kernel, bias)),
-             "layer": both_ways(ours, layer.parameters())}
-    escnn = installed("escnn.nn")
-    if escnn and group == "rotation" and c_in <= 128:                          # more do not fit in memory
-        space = installed("escnn.gspaces").rot2dOnR2(group_size)
-        fields = escnn.FieldType(space, c_in * [space.trivial_repr if lifting else space.regular_repr])
-        theirs = escnn.R2Conv(fields, escnn.FieldType(space, c_out * [space.regular_repr]), 7, padding=3).to(device)
-        sides["escnn"] = both_ways(lambda x: theirs(escnn.GeometricTensor(x, fields)).tensor, theirs.parameters())
-    return sides
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def convolutions(args):
-    """group convolution, and escnn's, over conv2d with ready filters, forward and backward; how long the basis takes"""
-    layers = {"MNIST, lifting": (1, 32, 28, 128), "MNIST, second": (32, 63, 14, 128), "MNIST, third": (63, 95, 7, 128),
-              "residual, first stage": (128, 128, 32, 8), "residual, second": (256, 256, 16, 16),
-              "residual, third": (512, 512, 8, 32)}                            # C, C', side of the maps, images
-    header("(b) convolution 7x7", "images", "conv2d, s", "layer / conv2d", "escnn / conv2d")
-    for group in (("translation", 1, 1), ("rotation", 4, 4), ("scale", 3, 1)):
-        for name, (c_in, c_out, side, images) in layers.items():
-            images *= 8 if args.device == "cuda" else 1
-            times = compare(convolution(*group, c_in, c_out, side, images, args.device), args.rounds, args.device)
-            row(f"{group[0]}, {name} {c_in}-{c_out} at {side}", images, f"{times['conv2d'][0]:.4f}",
-                *(f"{times[side][1]:.2f}" if side in times else "" for side in ("layer", "escnn")))
-    header("(b) steerable_basis, once at the start", "s")
-    for sizes in (("rotation", 8, 7), ("rotation", 8, 15), ("scale", 3, 7)):
-        row(", ".join(map(str, sizes)), f"{seconds(lambda: steerable_basis(*sizes), 'cpu'):.3f}")
+def seconds(function, device):
+    """The time of one call, until the GPU is done."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
-def optimizers(args):
-    """LARS, lightly's and timm's, over SGD(foreach=True): a step on the residual network's weights"""
-    shapes = [p.shape for p in ResidualBackbone("scale", 3).parameters()]
+def peak_memory(function, device):
+    """The most bytes that one call's tensors hold beyond what was held before."""
+    if device == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated() - before
 
-    def step_of(optimizer, **options):
-        weights = [torch.randn(shape, device=args.device, requires_grad=True) for shape in shapes]
-        for w in weights:
-            w.grad = torch.randn_like(w)
-        return optimizer(weights, lr=0.1, momentum=0.9, weight_decay=1e-4, **options).step
-
-    sides = {"SGD, foreach": step_of(torch.optim.SGD, foreach=True), "our LARS": step_of(LARS),
-             "SGD, a loop": step_of(torch.optim.SGD, foreach=False)}
-    if lightly := installed("lightly.utils.lars"):
-        sides["lightly's LARS"] = step_of(lightly.LARS)
-    if timm := installed("timm.optim.lars"):
-        sides["timm's LARS"] = step_of(timm.Lars)
-    header("(c) optimizer step, residual network", "s", "/ SGD, foreach")
-    for name, (median, ratio) in compare(sides, 3 * args.rounds, args.device).items():
-        row(name, f"{median:.4f}", f"{ratio:.2f}")
-
-
-def gradient(I, device):
-    views = [torch.randn(4096, 128, device=device, requires_grad=True) for _ in range(2)]
-    torch.autograd.grad(I(*views), views)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=start_of)
+    held = 0
+    peak = 0
+    for change in changes:
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
-def losses(args):
-    """lightly's NTXentLoss over nt_xent, 2 x 4096 x 128, forward and backward: time and peak memory"""
-    sides = {"nt_xent": functools.partial(gradient, nt_xent, args.device)}
-    if lightly := installed("lightly.loss"):
-        sides["lightly's NTXentLoss"] = functools.partial(gradient, lightly.NTXentLoss(temperature=0.1), args.device)
-    header("(d) loss of 2 x 4096 x 128", "s", "/ nt_xent", "peak memory, (2N)² float32")
-    for name, (median, ratio) in compare(sides, args.rounds, args.device).items():
-        row(name, f"{median:.3f}", f"{ratio:.2f}", f"{peak_memory(sides[name], args.device) / (4 * 8192**2):.2f}")
+def start_of(event):
+    return event.start_ns()
 
 
-def collate(transform, pictures):
-    return torch.stack([transform(picture) for picture in pictures])
-
-
-def inputs(args):
-    """input: a batch at once on the device, over torchvision's transforms in a DataLoader with 2 workers"""
-    from torchvision import transforms
-    images = torch.randint(256, (10_000, 1, 28, 28), dtype=torch.uint8)
-    pictures = [Image.fromarray(image[0].numpy()) for image in images]
-    data = datasets.Dataset(images.to(args.device), None, None, None, 10, 0.0, 0.3)
-    plain, bilinear = [transforms.ToTensor(), transforms.Normalize([0.0], [0.3])], transforms.InterpolationMode.BILINEAR
-    header("(e) input, MNIST, batch 500", "DataLoader, images/s", "here, images/s", "here / DataLoader")
-    for name, group, moves in (
-            ("convert and normalise", None, []),
-            ("and shift", Translation(7, 4, 4), [transforms.RandomAffine(0, translate=(0.25, 0.25))]),
-            ("and turn by 45°, bilinear", Rotation(8), [transforms.RandomRotation(180, bilinear)])):
-        loader = DataLoader(pictures, 500, shuffle=True, num_workers=2, persistent_workers=True,
-                            collate_fn=functools.partial(collate, transforms.Compose(moves + plain)))
-
-        def here():                                                            # 10 epochs: one is too short to time
-            for index in torch.cat([torch.randperm(10_000, device=args.device) for _ in range(10)]).split(500):
-                x = data.batch(data.train_images, index)
-                if group is not None:
-                    elements = group.elements.to(args.device)
-                    group.T(elements[torch.randint(len(elements), (500,), device=args.device)], x)
-
-        sides = {"here": here, "loader": lambda: [batch.to(args.device) for batch in loader]}
-        times = compare(sides, args.rounds, args.device)
-        row(name, f"{10_000 / times['loader'][0]:,.0f}", f"{100_000 / times['here'][0]:,.0f}",
-            f"{10 * times['loader'][1]:.0f}")
-
-
-def epochs(args):
-    """an epoch of train.py over as many bare steps on one batch that is in place, and what --eval-every 1 adds"""
-    _, bare_step, batch = training_step("", args.device)
+def compare(row, title, function, reference, args):
+    """Time two functions in alternating order: a record for the table and the file."""
+    for side in (function, reference):
+        side()    # by the second call all is allocated, and the GPU's kernels are chosen
     times = []
-
-    class Log(run.Log):
-        """Whenever an epoch of train.py ends, note its time, and those of as many bare steps and of a look."""
-        began = 0.0
-
-        def step(self, step, *rest, **more):
-            super().step(step, *rest, **more)                                  # waits for the GPU
-            if step % self.steps == 0:
-                whole = time.perf_counter() - self.began
-                bare = seconds(lambda: [bare_step() for _ in range(self.steps)], args.device)
-                times.append((whole, bare, seconds(self.watch, args.device)))
-                self.began = time.perf_counter()
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        with mock.patch.object(run, "Log", Log):
-            train.main(train.parse(["--dataset", "glyphs", "--device", args.device, "--epochs", str(args.rounds + 1),
-                                    "--save-every", "2", "--out", f"{folder}/run"]))
-    whole, bare, ratio, look = (statistics.median(t) for t in zip(*((a, b, a / b, c / a) for a, b, c in times[1:])))
-    images = 10_000 // batch * batch
-    header("(f) epoch of glyphs", "train.py, images/s", "bare loop, images/s", "train.py / bare, time", "look / epoch")
-    row(f"rotation, batch {batch}, saved every 2 epochs", f"{images / whole:,.0f}", f"{images / bare:,.0f}",
-        f"{ratio:.3f}", f"{look:.3f}")
+    reference_times = []
+    for _ in range(args.repeats):
+        times.append(seconds(function, args.device))
+        reference_times.append(seconds(reference, args.device))
+    return dict(
+        row=row,
+        title=title,
+        seconds=times,
+        reference_seconds=reference_times,
+        memory=peak_memory(function, args.device),
+        reference_memory=peak_memory(reference, args.device),
+    )
 
 
-def profiles(args):
-    """where an H-SSL step's time goes: the five largest operators (on a GPU: kernels), by their own time"""
-    cuda = args.device == "cuda"
-    header("(g) H-SSL training step, share of its time", *[""] * 5)
-    for dataset in FLAGS[args.device]:
-        for group in train.GROUPS:
-            step, _, _ = training_step(flags_of(dataset, group, args.device), args.device)
+# ------------------------------------------------------------------------------- training steps
+
+class Step:
+    """A training step as train.py takes it, on one batch that is in place. change: a function that
+    makes another encoder of the encoder."""
+
+    def __init__(self, args, method, group_name, amp, change=None):
+        settings = train.parse([
+            "--dataset", "mnist", "--method", method, "--group", group_name, "--amp", amp,
+            "--device", args.device, "--batch-size", str(args.batch_size)])
+        settings.image_shape = [1, 28]
+        torch.manual_seed(0)
+        encoder = probe.make_encoder(vars(settings))
+        side = 28 // encoder.stride
+        group = make_group(group_name, settings.group_size, settings.base_space, side,
+                           encoder.stride)
+        if change is not None:
+            encoder = change(encoder)
+        with torch.no_grad():
+            view = group.base(encoder(torch.zeros(1, 1, 28, 28)))
+        width = readout(view, settings.grid).shape[1]
+        self.encoder = encoder.to(args.device)
+        self.head = ProjectionHead(width, *settings.head_widths, settings.grid).to(args.device)
+        self.ssl_loss = a_ssl_loss if method == "a-ssl" else h_ssl_loss
+        self.group = group
+        self.device = args.device
+        self.amp = amp
+        parameters = [*self.encoder.parameters(), *self.head.parameters()]
+        self.optimizer = LARS(parameters, 0.1)
+        self.scaler = torch.amp.GradScaler(args.device, enabled=amp == "float16")
+        pairs = allowed_pairs(group)
+        chosen = pairs[torch.randint(len(pairs), (args.batch_size,))]
+        g1, g2 = group.elements[chosen].to(args.device).unbind(1)
+        x = torch.rand(args.batch_size, 1, 28, 28, device=args.device)
+        self.inputs = (x, g1, g2)
+
+    def __call__(self):
+        with probe.precision(self.device, self.amp):
+            loss = self.ssl_loss(self.encoder, self.head, nt_xent, self.group, *self.inputs)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def relu_first(encoder):
+    """The same function with SESN's order: ReLU before max-pool."""
+    for layer in encoder:
+        if isinstance(layer, PerElement) and isinstance(layer[0], nn.MaxPool2d):
+            pool = layer[0]
+            layer[0] = layer[1]
+            layer[1] = pool
+    return encoder
+
+
+def contiguous(encoder):
+    """The same layers without `Backbone.forward`, which makes images channels-last."""
+    return nn.Sequential(*encoder)
+
+
+def relu_first_and_contiguous(encoder):
+    return contiguous(relu_first(encoder))
+
+
+def precisions(device):
+    if device == "cuda":
+        return ("off", "bfloat16", "float16")
+    return ("off", "bfloat16")
+
+
+def in_words(amp):
+    return "float32" if amp == "off" else amp
+
+
+def step_row(args):
+    for group in ("translation", "rotation", "scale"):
+        for amp in precisions(args.device):
+            title = f"A-SSL / H-SSL, {group}, {in_words(amp)}"
+            yield title, Step(args, "a-ssl", group, amp), Step(args, "h-ssl", group, amp)
+
+
+def form_row(args):
+    for amp in precisions(args.device):
+        ours = Step(args, "h-ssl", "translation", amp)
+        for name, change in [
+            ("ReLU before pooling", relu_first),
+            ("contiguous", contiguous),
+            ("both", relu_first_and_contiguous),
+        ]:
+            title = f"{name} / pooling first, channels-last, {in_words(amp)}"
+            yield title, Step(args, "h-ssl", "translation", amp, change), ours
+
+
+# ------------------------------------------------------------------- convolution, optimizer, loss
+
+class ForwardAndBackward:
+    """A function of tensors, and the gradients of its sum."""
+
+    def __init__(self, function, inputs, parameters=(), device="cpu", amp="off"):
+        self.function = function
+        self.inputs = inputs
+        self.sources = [*inputs, *parameters]
+        self.device = device
+        self.amp = amp
+
+    def __call__(self):
+        with probe.precision(self.device, self.amp):
+            y = self.function(*self.inputs)
+        torch.autograd.grad(y, self.sources, torch.ones_like(y))
+
+
+def convolution_row(args):
+    """The MNIST network's second layer. conv2d has ready filters and reads the same memory."""
+    amp = "float16" if args.device == "cuda" else "off"
+    for group, size in (("translation", 1), ("rotation", 4), ("scale", 3)):
+        basis = steerable_basis(group, size, 7)
+        extent = default_extent(group, size)
+        layer = GroupConv2d(32, 63, basis, extent, group == "rotation").to(args.device)
+        groups = size if extent == 1 else 1
+        conv2d = nn.Conv2d(32 * size, 63 * size, 7, padding=3, groups=groups).to(args.device)
+        maps = torch.randn(args.batch_size, 32 * size, 14, 14, device=args.device)
+        maps = maps.to(memory_format=torch.channels_last)    # (B, G·C, H, W)
+        z = maps.unflatten(1, (size, 32)).transpose(1, 2)    # (B, C, G, H, W)
+        sides = []
+        for module, x in ((layer, z), (conv2d, maps)):
+            x = x.detach().requires_grad_()
+            sides.append(ForwardAndBackward(module, [x], module.parameters(), args.device, amp))
+        yield f"GroupConv2d / conv2d, {group}, 7x7, 32 to 63, {in_words(amp)}", *sides
+
+
+def optimizer_step(optimizer, device, **options):
+    """The step of an optimizer on the residual network's weights for scale."""
+    weights = list(ResidualBackbone("scale", 3).to(device).parameters())
+    for w in weights:
+        w.grad = torch.randn_like(w)
+    return optimizer(weights, lr=1e-3, momentum=0.9, weight_decay=1e-4, **options).step
+
+
+def installed(module, name):
+    """A class of a package that need not be there, or None."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError:
+        return None
+
+
+def lars_row(args):
+    sgd = optimizer_step(torch.optim.SGD, args.device)
+    for title, optimizer in [
+        ("LARS", LARS),
+        ("timm's LARS", installed("timm.optim.lars", "Lars")),
+        ("lightly's LARS", installed("lightly.utils.lars", "LARS")),
+    ]:
+        step = None
+        if optimizer is not None:
+            step = optimizer_step(optimizer, args.device)
+        yield f"{title} / torch's SGD", step, sgd
+
+
+def nt_xent_row(args):
+    inputs = []
+    for _ in range(2):    # views of the paper's batch
+        inputs.append(torch.randn(4096, 128, device=args.device, requires_grad=True))
+    ours = ForwardAndBackward(nt_xent, inputs)
+    theirs = installed("lightly.loss", "NTXentLoss")
+    if theirs is not None:
+        theirs = ForwardAndBackward(theirs(temperature=0.1), inputs)
+    yield "lightly's NT-Xent / nt_xent, 2 x 4096 x 128", theirs, ours
+
+
+# ------------------------------------------------------------------------------ a whole training
+
+def no_measures(*args, **kwargs):
+    return dict(top1=None, neighbours=None, effective_rank=0.0)
+
+
+def epoch_record(args, steps=10):
+    """Run train.py on random images, translation. Memory is not compared.
+
+    Whenever it starts an epoch, the time of the last one is noted, and as many bare steps taken.
+    """
+    amp = "float16" if args.device == "cuda" else "off"
+    step = Step(args, "h-ssl", "translation", amp)
+    count = steps * args.batch_size
+    images = torch.randint(256, (count, 1, 28, 28), dtype=torch.uint8, device=args.device)
+    labels = torch.zeros(count, dtype=torch.int64, device=args.device)
+    files = labels.cpu().numpy()
+    data = datasets.Dataset(images, labels, files, images, labels, files, ["0"], 0.0, 0.3)
+    whole = []
+    bare = []
+    draw = datasets.epoch_plan
+    started = None
+
+    def bare_steps():
+        for _ in range(steps):
             step()
-            with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
-                for _ in range(3):
-                    step()
-            # On a GPU operators are listed with the time of their kernels, which are listed again by themselves.
-            kind = DeviceType.CUDA if cuda else DeviceType.CPU
-            times = {item.key: item.self_device_time_total if cuda else item.self_cpu_time_total
-                     for item in profiler.key_averages() if item.device_type == kind and not item.is_user_annotation}
-            total, largest = sum(times.values()), sorted(times, key=times.get, reverse=True)[:5]
-            row(f"{dataset}, {group}", *(f"{name.removeprefix('aten::')[:60]} {100 * times[name] / total:.0f} %"
-                                         for name in largest))
+
+    def noting_epoch_plan(*arguments):
+        nonlocal started
+        synchronize(args.device)
+        if started is not None:
+            whole.append(time.perf_counter() - started)
+        bare.append(seconds(bare_steps, args.device))
+        started = time.perf_counter()
+        return draw(*arguments)
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = train.parse([
+            "--dataset", "mnist", "--device", args.device, "--amp", amp, "--out", f"{folder}/run",
+            "--batch-size", str(args.batch_size), "--epochs", str(args.repeats + 2)])
+        with contextlib.redirect_stdout(io.StringIO()), \
+                mock.patch.object(probe, "load_data", return_value=data), \
+                mock.patch.object(probe, "evaluate", no_measures), \
+                mock.patch.object(datasets, "epoch_plan", noting_epoch_plan):
+            train.main(settings)
+    title = f"epoch of train.py / {steps} bare steps, {in_words(amp)}"
+    # The first epoch, and the steps before it, set things up.
+    return dict(row="epoch", title=title, seconds=whole[1:], reference_seconds=bare[1:-1])
 
 
-def objectives(args):
-    """training step with 4 views, SimSiam and BYOL, over the usual one"""
-    flags = {"H-SSL, 2 views": "", "A-SSL, 2 views": "--method a-ssl", "H-SSL, 4 views": "--views 4",
-             "A-SSL, 4 views": "--method a-ssl --views 4", "H-SSL, SimSiam": "--objective simsiam",
-             "H-SSL, BYOL": "--objective byol"}
-    base = flags_of("mnist", "rotation", args.device)
-    sides = {name: training_step(f"{base} {own}", args.device)[0] for name, own in flags.items()}
-    header("(h) training step on MNIST, rotation", "own flags", "s", "/ H-SSL, 2 views")
-    for name, (median, ratio) in compare(sides, args.rounds, args.device).items():
-        row(name, flags[name] and f"`{flags[name]}`", f"{median:.3f}", f"{ratio:.2f}")
+# ------------------------------------------------------------------------------------ the table
+
+ROWS = dict(step=step_row, form=form_row, convolution=convolution_row, lars=lars_row,
+            nt_xent=nt_xent_row)
 
 
-def sizes(args):
-    """every backbone at full width: parameters, multiply-adds of a forward pass, memory of a step of 512 images"""
-    header("(i) backbone", "parameters", "multiply-adds per image", "H-SSL, 512 images a GPU", "A-SSL",
-           "H-SSL, --checkpoint-activations", "A-SSL, the same")
-    for dataset in FLAGS["cpu"]:
-        for group in train.GROUPS:
-            channels, side = datasets.SHAPES[dataset]
-            encoder, _ = run.build(vars(train.parse(["--dataset", dataset, "--group", group])), channels, side)
-            with FakeTensorMode(allow_non_fake_inputs=True):                   # shapes only, nothing is computed
-                one, two = (torch.zeros(n, channels, side, side) for n in (1, 2))          # weights cancel in two - one
-                with FlopCounterMode(display=False) as counter, torch.no_grad():
-                    encoder(one)
-                    first = counter.get_total_flops()
-                    encoder(two)
-                multiply_adds = (counter.get_total_flops() - 2 * first) / 2
-            memory = []
-            for extra, method in itertools.product(("", "--checkpoint-activations"), ("h-ssl", "a-ssl")):
-                if extra and dataset == "mnist":                               # no residual blocks
-                    memory.append("")
-                    continue
-                peak, _ = step_memory(f"--dataset {dataset} --group {group} --method {method} {extra}", images=512)
-                memory.append(f"{peak / 2**30:.1f} GiB")
-            row(f"{dataset}, {group}", f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M",
-                f"{multiply_adds / 1e9:.2f} G", *memory)
+def records_of(row, args):
+    """Measure all comparisons of a row, one after the other."""
+    if row == "epoch":
+        yield epoch_record(args)
+        return
+    for title, function, reference in ROWS[row](args):
+        if function is None:
+            yield dict(row=row, title=title, missing="not installed")
+        else:
+            yield compare(row, title, function, reference, args)
 
 
-def forms(args):
-    """other forms of convolution: channels-last; for scale, channels filled up to multiples of 8, or a call each"""
-    header("(j) conv2d 7x7", "images", "as it is, s", "channels-last / as it is", "filled up", "a call for each scale")
-    for group, scales, c_in, c_out, side, images in (
-            (group, scales, *layer) for group, scales in (("translation", 1), ("scale", 3))
-            for layer in ((32, 63, 14, 128), (63, 95, 7, 128), (128, 128, 32, 8))):
-        images *= 8 if args.device == "cuda" else 1
-        fill_in, fill_out = -c_in % 8, -c_out % 8
-
-        def side_of(convolve, memory_format=torch.contiguous_format):
-            x = torch.randn(images, scales * c_in, side, side, device=args.device)
-            kernel = torch.randn(scales * c_out, c_in, 7, 7, device=args.device)
-            both = [t.to(memory_format=memory_format).requires_grad_() for t in (x, kernel)]
-
-            def forward_and_backward():
-                with run.precision(args.device, "float16" if args.device == "cuda" else "off"):
-                    y = convolve(*both)
-                torch.autograd.grad(y, both, torch.ones_like(y))
-            return forward_and_backward
-
-        def plain(x, kernel):
-            return F.conv2d(x, kernel, padding=3, groups=scales)
-
-        def filled(x, kernel):
-            x = F.pad(x.unflatten(1, (scales, c_in)), (0, 0, 0, 0, 0, fill_in)).flatten(1, 2)
-            kernel = F.pad(kernel.unflatten(0, (scales, c_out)), (0, 0, 0, 0, 0, fill_in, 0, fill_out)).flatten(0, 1)
-            return plain(x, kernel).unflatten(1, (scales, -1))[:, :, :c_out]
-
-        def each(x, kernel):
-            pieces = zip(x.chunk(scales, 1), kernel.chunk(scales))
-            return torch.cat([F.conv2d(piece, own, padding=3) for piece, own in pieces], 1)
-
-        sides = dict(plain=side_of(plain), last=side_of(plain, torch.channels_last), filled=side_of(filled))
-        if scales > 1:
-            sides["each"] = side_of(each)
-        times = compare(sides, args.rounds, args.device)
-        row(f"{group}, {c_in}-{c_out} at {side}", images, f"{times['plain'][0]:.4f}",
-            *(f"{times[name][1]:.2f}" if name in times else "" for name in ("last", "filled", "each")))
+def table_line(record):
+    if "missing" in record:
+        return f"| {record['title']} | {record['missing']} | | | | |"
+    times = record["seconds"]
+    reference_times = record["reference_seconds"]
+    of_minima = min(times) / min(reference_times)
+    reference = statistics.median(reference_times)
+    of_medians = statistics.median(times) / reference
+    memory = ""
+    megabytes = ""
+    if record.get("reference_memory"):
+        memory = f"{record['memory'] / record['reference_memory']:.2f}"
+        megabytes = f"{record['reference_memory'] / 1e6:,.1f}"
+    return (f"| {record['title']} | {of_medians:.2f} | {of_minima:.2f} | {memory} "
+            f"| {1000 * reference:,.1f} | {megabytes} |")
 
 
-PARTS = dict(zip("abcdefghij", (steps, convolutions, optimizers, losses, inputs, epochs, profiles, objectives, sizes,
-                                forms)))
+def commit():
+    """The checked-out commit, with "-dirty" if tracked files changed since; empty without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude", "*"]
+    try:
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return finished.stdout.strip()
 
 
-def main():
-    about = "\n".join(f"    ({letter}) {part.__doc__}" for letter, part in PARTS.items())
-    p = run.Parser(description=__doc__ + about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--parts", default="".join(PARTS), help="letters of the parts to run (default: %(default)s)")
-    p.add_argument("--rounds", type=run.number(int, 1), default=7, help="that medians are of (default: %(default)s)")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: %(default)s)")
-    p.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is a GPU)")
-    args = p.parse_args()
-    if set(args.parts) - PARTS.keys():
-        p.error(f"--parts {args.parts} must be letters of {''.join(PARTS)}")
-    args.device = run.choose_device(args.device)
-    torch.set_num_threads(args.threads)
-    where = f"{machine()}, {args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    print(f"torch {torch.__version__}, {where}, medians of {args.rounds} rounds; (a), (g), (h): {FLAGS[args.device]}")
-    for letter in args.parts:
-        PARTS[letter](args)
+def machine(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, "epoch"], default=[*ROWS, "epoch"],
+                        help="what to measure (all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a GPU)")
+    parser.add_argument("--batch-size", type=int, help="images a step (cuda: 4096, cpu: 64)")
+    parser.add_argument("--repeats", type=int, help="of each side (cuda: 3, cpu: 5)")
+    parser.add_argument("--results", type=Path, default=ROOT / "experiments/results",
+                        help="folder of the JSON file (experiments/results)")
+    args = parser.parse_args(argv)
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA GPU, and PyTorch sees none")
+    if args.batch_size is None:
+        args.batch_size = 4096 if args.device == "cuda" else 64
+    if args.repeats is None:
+        args.repeats = 3 if args.device == "cuda" else 5
+    if args.batch_size < 2 or args.repeats < 1:
+        parser.error("--batch-size must be at least 2, and --repeats 1")
+
+    # As train.py does it: shapes stay, so a search is worth it; and float32 means float32.
+    torch.backends.cudnn.benchmark = True
+    torch.backends.fp32_precision = "ieee"
+    print(f"{machine(args.device)}; torch {torch.__version__}; batch {args.batch_size}; ratios of "
+          f"{args.repeats} times each\n")
+    print("| compared | ratio of medians | of minima | of peak memory | reference, ms | MB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    records = []
+    for row in args.rows:
+        for record in records_of(row, args):
+            print(table_line(record), flush=True)
+            records.append(record)
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+
+    content = dict(device=args.device, machine=machine(args.device), torch=torch.__version__,
+                   commit=commit(), batch_size=args.batch_size, repeats=args.repeats, records=records)
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"benchmark-{args.device}.json"
+    probe.write_whole(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

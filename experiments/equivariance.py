@@ -55,10 +55,12 @@ def layer_error(f, group, x):
     if not isinstance(group, Translation):
         return equivariance_error(f, group, x, elements, on_base=True).mean().item()
 
-    # An earlier layer has more positions, and the same pixels are more of them.
-    stride = x.shape[-1] // z.shape[-1]
-    if x.shape[-1] % z.shape[-1] or group.stride % stride:
-        return None
+    stride = group.stride
+    if z.shape[-1] != group.side:
+        # An earlier layer has more positions, and the same pixels are more of them.
+        stride = x.shape[-1] // z.shape[-1]
+        if x.shape[-1] % z.shape[-1] or group.stride % stride:
+            return None
     elements = elements * (group.stride // stride)
     shifts = Translation(z.shape[-1], 1, stride, group.circular)    # window 1 allows all of these
     return equivariance_error(f, shifts, x, elements).mean().item()
@@ -158,18 +160,27 @@ def print_table(columns):
         print(f"| {layer} | {' | '.join(cells)} |")
 
 
-def measure(names, data_dir, images):
-    """All the tables, {name: {column: {layer: error}}}; raises a ValueError for bad input."""
-    if not names:
-        torch.manual_seed(0)
-        return {"fresh": fresh_networks(images)}
+def measure(args):
+    """Print the tables, and keep those of runs and of fresh networks in a file. Raises a ValueError
+    or an OSError, in one line, for bad input."""
+    path = args.results / "equivariance_error.json"
     tables = {}
-    for name in names:
+    if not args.names:
+        path = args.results / "equivariance_fresh.json"
+        torch.manual_seed(0)
+        tables["fresh networks"] = fresh_networks(args.images)
+    for name in args.names:
         if ":" in name and not Path(name).exists():
-            tables[name] = own_network(name)
+            print_table(own_network(name))
         else:
-            tables[Path(name).name] = run_before_and_after(name, data_dir, images)
-    return tables
+            tables[Path(name).name] = run_before_and_after(name, args.data_dir, args.images)
+    for name, columns in tables.items():
+        print(f"\n{name}")
+        print_table(columns)
+    if tables:
+        args.results.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(dict(torch=torch.__version__, tables=tables), indent=1) + "\n"
+        probe.write_whole(path, content.encode())
 
 
 def main(argv=None):
@@ -183,19 +194,9 @@ def main(argv=None):
     if args.images < 1:
         parser.error(f"--images {args.images} must be at least 1")
     try:
-        tables = measure(args.names, args.data_dir, args.images)
+        measure(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"equivariance.py: {error}\n")
-    for name, columns in tables.items():
-        print(f"\n{name}")
-        print_table(columns)
-
-    # Networks of one's own leave no file; the fresh ones have another than runs.
-    name = "equivariance_error.json" if args.names else "equivariance_fresh.json"
-    if not any(":" in name for name in args.names):
-        args.results.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(dict(torch=torch.__version__, tables=tables), indent=1) + "\n"
-        probe.write_whole(args.results / name, content.encode())
 
 
 if __name__ == "__main__":

@@ -36,7 +36,12 @@ MEASURES = {
 }
 # Rows to compare, besides those whose names say it: see `pairs`.
 COMPARISONS = {
-    "work": [("h-ssl, 16 epochs", "a-ssl, 8 epochs")],
+    "work": [
+        ("h-ssl, 16 epochs", "a-ssl, 8 epochs"),
+        ("h-ssl, 16 epochs", "simclr, 8 epochs"),
+        ("h-ssl on two augmented copies, 8 epochs", "simclr, 8 epochs"),
+    ],
+    "cifar10": [("h-ssl", "simclr")],
 }
 
 
@@ -145,8 +150,8 @@ def quantile(p, freedom):
 def paired(a, b):
     """Compare a with b, both {seed: value}, at the seeds that both have.
 
-    Returns their number n, the mean of a - b, and the standard error of that mean; None for the mean
-    without a seed, and for the error with less than two.
+    Returns their number n, the mean of a - b, None without a seed, and the standard error of that
+    mean, None with less than two.
     """
     differences = [a[seed] - b[seed] for seed in a if seed in b]
     n = len(differences)
@@ -293,7 +298,10 @@ def caption(runs, name, budget):
 
 
 def table(name, part=None, budget="cpu"):
-    """A table's Markdown: one of PARTS alone, or all under a caption. Raises `read_runs`'s error."""
+    """A table's Markdown: one of PARTS alone, or all under a caption.
+
+    Raises a ValueError if there are no results.
+    """
     runs = read_runs(name, budget)
     if name.endswith("-untied"):
         runs = with_tied_runs(runs, read_runs(name.removesuffix("-untied"), budget))

@@ -1,4 +1,4 @@
-"""Train a table of experiments/README.md: every row for every seed, each by train.py.
+"""Train a table of experiments/README.md: each row for every seed, by train.py or simclr.py.
 
     python experiments/tables.py NAME [--budget cpu] [--seeds 0 1 2] [--jobs 2]
 
@@ -7,7 +7,7 @@
     glyphs                          structure removed, on images that are turned
     base-space, distance            H-SSL's parameters beside A-SSL's crop size and displacement
     objectives                      SimSiam and BYOL
-    work                            H-SSL for 16 epochs beside A-SSL for 8
+    work                            H-SSL for 16 epochs beside A-SSL and SimCLR for 8
     paper                           the paper's configuration for MNIST on a CPU: hours
 
     --budget cpu      small widths and part of MNIST's images: minutes per run on one core
@@ -36,7 +36,6 @@ import report
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data as datasets    # noqa: E402
-import train    # noqa: E402
 
 # ----------------------------------------------------------------------------- the tables
 # Settings were chosen on held-out training images with seeds from 100 on.
@@ -59,7 +58,9 @@ TURNED_GLYPHS = {
 }
 CIFAR10 = ("--dataset cifar10 --device cpu --amp bfloat16 --group translation --widths 8 32 64 128 "
            "--kernel-size 3 --batch-size 256 --warmup-epochs 1 --temperature 0.5 "
-           "--trust-coefficient 0.03 --base-space 6 --grid 2 --probe-grid 2 --epochs 8")
+           "--trust-coefficient 0.03 --base-space 6 --grid 2 --probe-grid 2")
+SIMCLR = "experiments/simclr.py --method simclr"
+AUGMENTED = "experiments/simclr.py --method h-ssl"
 PAPER_ON_CPU = ("--dataset mnist --device cpu --amp bfloat16 --group translation --eval-every 25 "
                 "--save-every 5")
 
@@ -130,16 +131,21 @@ def variations(settings, sweep_flags):
     }
 
 
-# budget -> table -> row -> flags of train.py
+# budget -> table -> row -> flags of train.py, or another script and its flags
 TABLES = {
     "cpu": variations(CPU, f"{SMALL_TRANSLATION} --epochs 8") | {
         "work": {
             "h-ssl, 8 epochs": f"{TRANSLATION} --method h-ssl --epochs 8",
             "h-ssl, 16 epochs": f"{TRANSLATION} --method h-ssl --epochs 16",
             "a-ssl, 8 epochs": f"{TRANSLATION} --method a-ssl --epochs 8",
+            "simclr, 8 epochs": f"{SIMCLR} {TRANSLATION} --epochs 8",
+            "h-ssl on two augmented copies, 8 epochs": f"{AUGMENTED} {TRANSLATION} --epochs 8",
         },
         "glyphs": structure(TURNED_GLYPHS),
-        "cifar10": {"translation h-ssl": f"{CIFAR10} --method h-ssl"},
+        "cifar10": {
+            "h-ssl": f"{CIFAR10} --method h-ssl --epochs 16",
+            "simclr": f"{SIMCLR} {CIFAR10} --epochs 8",
+        },
         "paper": table1({"translation": PAPER_ON_CPU}),
     },
     "paper": variations(paper("mnist"), "--dataset mnist --group translation") | {
@@ -159,7 +165,7 @@ def machine():
 
 
 def commit():
-    """The commit that is checked out, and whether code has changed since; None, None without git."""
+    """The commit that is checked out, and whether code has changed since; None twice without git."""
     head = git("rev-parse", "--short=10", "HEAD")
     if head.returncode != 0:
         return None, None
@@ -171,10 +177,18 @@ def git(*arguments):
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
+def split_script(flags):
+    """The script of a row, and its flags as a list."""
+    words = shlex.split(flags)
+    if words[0].endswith(".py"):
+        return words[0], words[1:]
+    return "train.py", words
+
+
 def train_row(row, flags, seed, out, args):
     """Train a row with one seed in the folder out, unless that is done; returns the run's record.
 
-    Raises a ValueError if train.py fails, or if the folder holds a run with other flags.
+    Raises a ValueError if the script fails, or if the folder holds a run with other flags.
     """
     path = out / "run.json"
     if path.exists():
@@ -184,8 +198,9 @@ def train_row(row, flags, seed, out, args):
                              "choose another --runs")
         return record
 
-    command = [*args.launcher, str(ROOT / "train.py"), *shlex.split(flags), "--seed", str(seed)]
-    command += ["--out", str(out), "--data-dir", args.data_dir, "--resume"]
+    script, words = split_script(flags)
+    command = [*args.launcher, str(ROOT / script), *words, "--seed", str(seed), "--out", str(out)]
+    command += ["--data-dir", args.data_dir, "--resume"]
     environment = dict(os.environ)
     if args.jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))
@@ -225,13 +240,16 @@ def train_table(args):
                                  "another --results")
             runs[record["row"], record["seed"]] = record
     # Download now, not in several runs at once.
-    for name in {train.parse(shlex.split(flags)).dataset for flags in args.rows.values()}:
-        datasets.load(name, args.data_dir)
+    for flags in args.rows.values():
+        words = shlex.split(flags)
+        datasets.load(words[words.index("--dataset") + 1], args.data_dir)
 
     failures = []
 
     def train_one(job):
         row, seed = job
+        if failures:
+            return
         try:
             train_row(row, args.rows[row], seed, folder_of(args, row, seed), args)
         except ValueError as error:
@@ -241,7 +259,7 @@ def train_table(args):
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(train_one, jobs))
 
-    # What has finished is written even if another run failed.
+    # What has finished is written even if a run has failed, which ends the table.
     for row, flags in args.rows.items():
         for seed in range(100):
             folder = folder_of(args, row, seed)

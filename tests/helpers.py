@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--device cpu --train-images 200 --batch-size 64 --epochs 2 --widths 2 3 4 "
          "--head-widths 16 8 --probe-grid 1 --log-every 1 --save-every 1").split()
 
+# Processes are forked from a server that has imported torch, once.
+FORKS = mp.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo", "torch.nn.parallel"])
+
 
 def train_here(out, *flags):
     """`python train.py FLAGS --out OUT` at the smallest size, but in this process; returns the
@@ -33,9 +37,9 @@ def status_of(program, *arguments):
     return stop.value.code
 
 
-def draw_few_glyphs(patch):
+def draw_few_glyphs(patch, draw=data.glyphs):
     """--dataset glyphs has 200 training and 100 test images: where the numbers do not matter."""
-    few = data.glyphs(train=200, test=100)
+    few = draw(train=200, test=100)
 
     def glyphs():
         return few
@@ -75,10 +79,16 @@ def in_processes(world, function, *arguments):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    # All are forked from a server that has imported torch, once.
-    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "torch.nn.parallel"])
     mp.start_processes(_one_process, (world, port, function, *arguments), nprocs=world,
                        start_method="forkserver")
+
+
+def exit_code(function, *arguments):
+    """function(*arguments) in a process of its own; returns how that ended."""
+    process = FORKS.Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def _one_process(rank, world, port, function, *arguments):

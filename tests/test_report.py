@@ -1,153 +1,198 @@
-"""experiments/report.py: intervals and verdicts are right, and files with and without the measures become tables."""
+"""experiments/report.py: its statistics, its tables, and the tables in the documents."""
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 import report
 
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(report.RESULTS.glob("*-*.json"))
 
-@pytest.mark.parametrize("p, df, expected", (
+
+# ----------------------------------------------------------------------------- statistics
+
+@pytest.mark.parametrize("p, freedom, expected", (
     (0.975, 1, 12.706), (0.975, 2, 4.303), (0.975, 3, 3.182), (0.975, 9, 2.262), (0.975, 29, 2.045),
-    (0.95, 1, 6.314), (0.95, 2, 2.920), (0.95, 9, 1.833), (0.95, 29, 1.699), (0.975, 500, 1.965)))
-def test_quantiles_of_student_s_t(p, df, expected):
-    assert report.quantile(p, df) == pytest.approx(expected, abs=5e-4)
+    (0.95, 1, 6.314), (0.95, 2, 2.920), (0.95, 9, 1.833), (0.95, 29, 1.699), (0.975, 500, 1.965),
+))
+def test_quantiles_of_student_s_t(p, freedom, expected):
+    """As in printed tables."""
+    assert report.quantile(p, freedom) == pytest.approx(expected, abs=5e-4)
 
 
 def test_paired_takes_the_seeds_that_both_have():
-    """Differences 1, 2 and 3: mean 2, deviation 1, so ±4.3027 / √3."""
-    a, b = {0: 11, 7: 99, 2: 33, 1: 22}, {1: 20, 2: 30, 0: 10, 3: -99}
-    n, mean, half_width = report.paired(a, b)
-    assert (n, mean) == (3, 2) and half_width == pytest.approx(2.4841, abs=1e-4)
-    assert report.paired(b, a) == (3, -2, half_width)
+    """Differences 1, 2 and 3: mean 2, deviation 1, so the mean's standard error is 1 / √3."""
+    a = {0: 11, 7: 99, 2: 33, 1: 22}
+    b = {1: 20, 2: 30, 0: 10, 3: -99}
+    assert report.paired(a, b) == (3, 2, pytest.approx(3 ** -0.5))
+    assert report.paired(b, a) == (3, -2, pytest.approx(3 ** -0.5))
     assert report.paired({0: 5, 1: 9}, {0: 3, 2: 9}) == (1, 2, None)
     assert report.paired({0: 5}, {1: 5}) == (0, None, None)
 
 
-@pytest.mark.parametrize("mean, half_width, n, expected", (
-    (0.6, 0.5, 3, "higher"), (-0.6, 0.5, 3, "lower"), (0.5, 0.5, 3, "open"), (0.3, 0.4, 3, "open"),
-    (0.1, 0.3, 3, "equivalent within ±0.5"), (-0.1, 0.3, 3, "equivalent within ±0.5"),
-    (0.2, 0.1, 3, "higher, but equivalent within ±0.5"), (-0.2, 0.1, 3, "lower, but equivalent within ±0.5"),
-    # ±0.5 is for the 90 % interval: 0.5 · 2.2622 / 1.8331 = 0.617 at n = 10, and 0.5 · 4.3027 / 2.9200 = 0.737 at 3
-    (0.0, 0.61, 10, "equivalent within ±0.5"), (0.0, 0.625, 10, "open"),
-    (0.0, 0.73, 3, "equivalent within ±0.5"), (0.0, 0.745, 3, "open"),
-    (0.0, 0.0, 3, "equivalent within ±0.5"), (3.0, None, 1, "open"), (0.0, None, 1, "open"), (None, None, 0, "open")))
-def test_verdicts(mean, half_width, n, expected):
-    assert report.verdict(mean, half_width, n, margin=0.5) == expected
+@pytest.mark.parametrize("n, mean, error, expected", (
+    # The 90 % interval is ±2.9200 errors for n = 3, ±1.8331 errors for n = 10.
+    (3, 0.0, 0.170, True), (3, 0.0, 0.172, False),
+    (10, 0.0, 0.272, True), (10, 0.0, 0.274, False),
+    (3, 0.4, 0.034, True), (3, 0.4, 0.035, False), (3, -0.4, 0.034, True), (3, -0.4, 0.035, False),
+    (3, 0.5, 0.0, False), (1, 0.0, None, False), (0, None, None, False),
+))
+def test_equivalence_within_half_a_point(n, mean, error, expected):
+    assert report.MARGIN == 0.5
+    assert report.equivalent(n, mean, error) is expected
 
 
-def test_the_margin_is_the_verdict_s():
-    assert report.MARGIN == 0.5 and report.verdict(0.4, 0.0, 3) == "higher, but equivalent within ±0.5"
-    assert report.verdict(0.4, 0.0, 3, margin=0.25) == "higher"
+# ----------------------------------------------------------------------------- tables
+
+def make_run(row, seed, frozen, trained, **more):
+    """A record with these top-1; neighbours are 10 lower before and 20 lower afterwards."""
+    return dict(
+        row=row, seed=seed, epoch=8, top1=trained, neighbours=trained - 20, effective_rank=50.2,
+        frozen=dict(top1=frozen, neighbours=frozen - 10, effective_rank=99.8),
+        machine="m", torch="t", commit="c", **more,
+    )
 
 
-def run(row, seed, frozen_top1, top1, method="h-ssl", **held):
-    return dict(row=row, flags=f"--dataset mnist --method {method}", seed=seed, frozen_top1=frozen_top1, top1=top1,
-                machine="m", torch="t", commit="c", **held)
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Writes files of results and makes report.py read them."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+
+    def write(name, runs, budget="cpu"):
+        content = dict(name=name, budget=budget, runs=runs)
+        (tmp_path / f"{name}-{budget}.json").write_text(json.dumps(content))
+
+    return write
 
 
-def held(neighbours, few, rank):
-    return dict(neighbours=neighbours, few_labels={"1": [0, 9], "10": [few, 9], "100": [0, 9]}, effective_rank=rank,
-                spread=0.5)
-
-
-def lines(record, capsys):
-    report.show(json.loads(json.dumps(record)))
-    return capsys.readouterr().out.splitlines()
-
-
-def test_table_1_with_measures(capsys):
-    """Both methods start from the same encoder of a seed; A-SSL has one seed more, and frozen rows are compared with
-    nothing."""
+def test_a_table_with_two_methods(results):
+    """A-SSL has one seed more than H-SSL: each comparison takes the seeds that both sides have."""
     runs = []
-    for seed in range(4):
-        frozen = held(80 + seed, 40 + seed, 20 + seed)
-        for method, rises in (("frozen", (0, 0, 0, 0)), ("a-ssl", (3, 3, 3, 9)), ("h-ssl", (1, 2, 3))):
-            for rise in rises[seed:seed + 1]:
-                trained = held(80 + seed + rise / 2, 40 + seed - rise, 20 + seed - 2 * rise)
-                runs.append(run(f"rotation {method}", seed, 50 + seed, 50 + seed + rise, method, **trained,
-                                frozen=dict(top1=50 + seed, **frozen)))
-    printed = lines(dict(name="mnist", budget="cpu", runs=runs), capsys)
-    start = printed.index("| frozen → trained | n | linear top-1 | neighbours | 10 labels a class | effective rank |")
-    assert printed[start + 1:] == [
-        "| --- | --- | --- | --- | --- | --- |",
-        "| rotation a-ssl | 4 | 51.50 → 56.00, +4.50 [−0.27, +9.27] | 81.50 → 83.75, +2.25 [−0.14, +4.64] | "
-        "41.50 → 37.00, −4.50 [−9.27, +0.27] | 22 → 12 |",
-        "| rotation h-ssl | 3 | 51.00 → 53.00, +2.00 [−0.48, +4.48] | 81.00 → 82.00, +1.00 [−0.24, +2.24] | "
-        "41.00 → 39.00, −2.00 [−4.48, +0.48] | 21 → 17 |",
+    for seed, gain in enumerate((3, 3, 3, 9)):
+        runs.append(make_run("a-ssl", seed, 50 + seed, 50 + seed + gain, training_seconds=60.4))
+    for seed in range(3):
+        runs.append(make_run("h-ssl", seed, 50 + seed, 53 + seed, training_seconds=7201))
+    results("mine", runs)
+    assert report.table("mine") == "\n".join([
+        "Table mine, budget cpu: m; torch t; commit c.",
         "",
-        "| comparison | n | linear top-1 | neighbours | 10 labels a class | verdict |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| rotation h-ssl − rotation a-ssl | 3 | −1.00 [−3.48, +1.48] | −0.50 [−1.74, +0.74] | +1.00 [−1.48, +3.48] | "
-        "open |"]
-    assert printed[start - 2].startswith("| rotation | ") and printed[start - 1] == ""
-
-
-def test_part_of_table_1(capsys):
-    """Whatever is not there yet says so; each cell has its own n."""
-    runs = [run("scale supervised", seed, 50 + seed, 60, "supervised") for seed in (0, 2)]
-    runs.append(run("scale a-ssl", 2, 52, 55))
-    assert lines(dict(name="mnist", budget="cpu", runs=runs), capsys)[6] == (
-        "| scale |  | 51.00 ± 1.41 (2) | 55.00 (1) | not run | 60.00 ± 0.00 (2) |")
-
-
-def test_untied_rows_stand_beside_the_tied_ones_of_their_seeds():
-    untied, tied = [run("scale h-ssl", 1, 50, 60)], [run("scale h-ssl", s, 50, 70 + s) for s in (0, 1)]
-    found = report.by_measure(report.measured(report.beside_tied(untied, tied + [run("scale supervised", 1, 50, 90)])))
-    assert found[-1] == "| scale h-ssl, untied − scale h-ssl | 1 | −11.00 | open |" and "supervised" not in str(found)
-
-
-def test_an_old_file_holds_top_1_alone(capsys):
-    runs = [run(row, seed, 50, top1) for row, rises in (("h-ssl", (51.0, 51.1, 51.2)), ("other", (50.2,)))
-            for seed, top1 in enumerate(rises)]
-    printed = lines(dict(name="glyphs", budget="cpu", runs=runs), capsys)
-    assert printed[-7:] == [
-        "| h-ssl |  | 50.00 ± 0.00 | 51.10 ± 0.10 | 3 |",
-        "| other |  | 50.00 | 50.20 | 1 |",
+        "| encoder | n | epochs | time | linear | neighbours | rank |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| a-ssl | 4 | 8 | 60 s | 51.50 ± 1.29 → 56.00 ± 4.08 | 41.50 ± 1.29 → 36.00 ± 4.08 | "
+        "100 ± 0 → 50 ± 0 |",
+        "| h-ssl | 3 | 8 | 2.0 h | 51.00 ± 1.00 → 54.00 ± 1.00 | 41.00 ± 1.00 → 34.00 ± 1.00 | "
+        "100 ± 0 → 50 ± 0 |",
         "",
-        "| frozen → trained | n | linear top-1 |",
-        "| --- | --- | --- |",
-        "| h-ssl | 3 | 50.00 → 51.10, +1.10 [+0.85, +1.35] |",
-        "| other | 1 | 50.00 → 50.20, +0.20 |"]
+        "| difference | n | linear | neighbours |",
+        "| --- | --- | --- | --- |",
+        "| a-ssl − frozen | 4 | +4.50 [−0.27, +9.27] | −5.50 [−10.27, −0.73] |",
+        "| h-ssl − frozen | 3 | +3.00 [+3.00, +3.00] | −7.00 [−7.00, −7.00] |",
+        "| h-ssl − a-ssl | 3 | +0.00 [+0.00, +0.00] ≈ | +0.00 [+0.00, +0.00] ≈ |",
+    ])
+    assert report.table("mine", "means") == "\n".join(report.table("mine").splitlines()[2:6])
+    assert report.table("mine", "differences") == "\n".join(report.table("mine").splitlines()[7:])
 
 
-def test_a_changed_row_is_compared_with_the_plain_one_and_with_one_that_is_named(capsys):
-    runs = [run(row, 0, 50, top1) for row, top1 in (("h-ssl", 51), ("h-ssl, longer", 53), ("simclr", 52.5))]
-    report.show(dict(name="why", budget="cpu", runs=runs), against="simclr")
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[-4:] == [
-        "| --- | --- | --- | --- |", "| h-ssl − simclr | 1 | −1.50 | open |",
-        "| h-ssl, longer − h-ssl | 1 | +2.00 | open |", "| h-ssl, longer − simclr | 1 | +0.50 | open |"]
+def test_measures_that_only_some_runs_have(results):
+    """Old files lack some: a cell that has fewer seeds than its line says so, an empty one is –."""
+    full = make_run("h-ssl", 0, 50, 51, mean_top1=41.0)
+    full["frozen"]["mean_top1"] = 40.0
+    results("mine", [full, make_run("h-ssl", 1, 50, 51), make_run("a-ssl", 0, 50, 51)])
+    lines = report.table("mine").splitlines()
+    assert lines[2] == "| encoder | n | epochs | time | linear | linear, mean | neighbours | rank |"
+    assert "| 50.00 ± 0.00 → 51.00 ± 0.00 | 40.00 → 41.00 |" in lines[4]
+    assert "| 50.00 → 51.00 | – |" in lines[5]
+    assert lines[9].startswith("| h-ssl − frozen | 2 | +1.00 [+1.00, +1.00] | +1.00 (n 1) |")
 
 
-def test_looks_in_training_are_printed_after_the_frozen_encoder_s():
-    looks = [dict(epoch=e, linear=90.0 + e, neighbours=80.0, effective_rank=9.5, frozen_linear=89.0,
-                  frozen_neighbours=79.0, frozen_effective_rank=12.0) for e in (2, 4)]
-    lines = report.by_epoch([dict(row="h-ssl", seed=3, looks=looks), dict(row="a-ssl", seed=0)])
-    assert lines[3:] == ["| h-ssl | 3 | frozen | 89.0 | 79.0 | 12.0 |", "| h-ssl | 3 | 2 | 92.0 | 80.0 | 9.5 |",
-                         "| h-ssl | 3 | 4 | 94.0 | 80.0 | 9.5 |"]
+def test_rows_that_are_compared():
+    rows = ["scale a-ssl", "scale h-ssl", "scale h-ssl, untied", "h-ssl, 16 epochs",
+            "a-ssl, 8 epochs"]
+    expected = [("scale h-ssl", "scale a-ssl"), ("scale h-ssl, untied", "scale h-ssl")]
+    assert report.pairs(rows, "mnist") == expected
+    assert report.pairs(rows, "work") == expected + [("h-ssl, 16 epochs", "a-ssl, 8 epochs")]
 
 
-def test_a_file_whose_runs_hold_the_measures_in_part(capsys):
-    """A column is there if one run holds it; what is missing is a dash, and a cell with fewer seeds says so."""
-    full = dict(neighbours=81.0, frozen=dict(neighbours=80.0))
-    runs = [run("a-ssl", 0, 50, 51), run("h-ssl", 0, 50, 51, **full), run("h-ssl", 1, 50, 51)]
-    printed = lines(dict(name="glyphs", budget="cpu", runs=runs), capsys)
-    start = printed.index("| frozen → trained | n | linear top-1 | neighbours |")
-    assert printed[start + 2:] == [
-        "| a-ssl | 1 | 50.00 → 51.00, +1.00 | – |",
-        "| h-ssl | 2 | 50.00 → 51.00, +1.00 [+1.00, +1.00] | 80.00 → 81.00, +1.00, n 1 |",
-        "",
-        "| comparison | n | linear top-1 | neighbours | verdict |",
-        "| --- | --- | --- | --- | --- |",
-        "| h-ssl − a-ssl | 1 | +0.00 | – | open |"]
+def test_untied_rows_stand_beside_the_tied_ones_of_their_seeds(results):
+    tied = [make_run("scale h-ssl", seed, 50, 70 + seed) for seed in range(3)]
+    results("mnist", tied + [make_run("scale supervised", 1, 50, 90)])
+    results("mnist-untied", [make_run("scale h-ssl", 1, 50, 60, dirty=True)])
+    text = report.table("mnist-untied")
+    assert "commit c or c with changes." in text
+    assert "supervised" not in text
+    assert "| scale h-ssl | 1 |" in text
+    assert text.splitlines()[-1] == "| scale h-ssl, untied − scale h-ssl | 1 | −11.00 | −11.00 |"
 
 
-@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*-*.json")), ids=lambda path: path.stem)
-def test_committed_results_are_printed(path, capsys):
-    """Every row but frozen ones stands beside its frozen encoder, and all lines of a table have as many cells."""
+def test_a_run_that_was_started_by_hand(results, tmp_path):
+    """Its folder in results/NAME is a row; the time of its steps comes from the log.
+
+    Steps 1 and 2 at 10 images a second and step 3 at 5, with 40 images each, take 16 seconds.
+    """
+    folder = tmp_path / "mine" / "first"
+    folder.mkdir(parents=True)
+    config = dict(group="scale", method="h-ssl", seed=4, batch_size=40, torch="t")
+    look = dict(top1=90.0)
+    log = [dict(epoch=1, step=2, loss=3.0, images_per_second=10),
+           dict(epoch=2, step=3, loss=2.0, images_per_second=5, held_out=look)]
+    result = dict(top1=60.0, epoch=2, frozen=dict(top1=50.0))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "probe.json").write_text(json.dumps(result))
+    (folder / "log.jsonl").write_text("\n".join(json.dumps(line) for line in log))
+    record = report.read_run(folder)
+    assert record["losses"] == [[2, 3.0], [3, 2.0]]
+    assert record["looks"] == [dict(step=3, epoch=2, top1=90.0)]
+    text = report.table("mine")
+    assert "machine not recorded; torch t; commit not recorded." in text
+    assert "| scale h-ssl | 1 | 2 | 16 s | 50.00 → 60.00 |" in text
+    (folder / "run.json").write_text(json.dumps(dict(machine="m", commit="c")))
+    assert "Table mine, budget cpu: m; torch t; commit c." in report.table("mine")
+
+
+def test_a_table_without_results(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["report.py", "nosuch"])
+    with pytest.raises(SystemExit) as stop:
+        report.main()
+    assert stop.value.code == 2
+    assert "there are no results of 'nosuch' at budget cpu" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- what is committed
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_committed_results_are_printed(path):
+    """Every row has its line of means and of differences, and the table names every commit."""
     record = json.loads(path.read_text())
-    printed = lines(record, capsys)
-    for row in {r["row"] for r in record["runs"] if "--method frozen" not in r["flags"]}:
-        assert sum(line.startswith(f"| {row} | ") and " → " in line for line in printed) == 1
-    for table in "\n".join(printed).split("\n\n"):
-        assert len({line.count(" | ") for line in table.splitlines() if line.startswith("|")}) <= 1
+    text = report.table(record["name"], budget=record["budget"])
+    for run in record["runs"]:
+        row = run["row"]
+        if record["name"].endswith("-untied"):
+            row += ", untied"
+        assert text.count(f"\n| {row} | ") == 1
+        assert text.count(f"\n| {row} − frozen | ") == 1
+        assert run["commit"] in text
+
+
+def marked_tables(text):
+    """What report.py prints for each `<!-- report.py ARGUMENTS -->`, and the text that follows."""
+    for marker in re.finditer(r"<!-- report\.py (.+?) -->\n+", text):
+        args = report.parse(shlex.split(marker[1]))
+        yield report.table(**vars(args)), text[marker.end():]
+
+
+@pytest.mark.parametrize("document, least", (("README.md", 0), ("experiments/README.md", 3)))
+def test_results_in_the_documents_are_those_of_the_files(document, least):
+    """Each marked table is what report.py prints, and no other table has deviations or intervals."""
+    text = (ROOT / document).read_text()
+    tables = list(marked_tables(text))
+    assert len(tables) >= least
+    printed = []
+    for table, following in tables:
+        assert following.startswith(table + "\n")
+        printed += table.splitlines()
+    for line in text.splitlines():
+        if line.startswith("|") and re.search(r"\d ± \d|\[[+−]\d", line):
+            assert line in printed, f"no marked table holds: {line}"

@@ -131,7 +131,7 @@ def test_what_is_printed(run):
     assert lines[0].startswith("CPU: 1 x 64 images a step") and "off" in lines[0]
     assert sum(line.startswith("epoch 1/2") for line in lines) == 1
     assert sum(line.startswith("epoch 2/2") for line in lines) == 1
-    assert "top1: frozen" in lines[-3]
+    assert sum("top1" in line and "frozen" in line for line in lines) >= 1
 
 
 def test_the_saved_encoder_is_the_one_that_was_measured(few_glyphs, tmp_path):
