@@ -6,7 +6,7 @@ First the objectives, then the groups. Each group has
     T(g, x)             T_g on images (B, C, H, W), background 0; exact for shifts and quarter turns
     Γ(g, z)             Γ_g on features (B, C, G, H, W): (Γ_g z)(g0) = z(g⁻¹ g0)
     base(z)             the fibers over the base space G0, which are all that h sees
-    view(g, z)          base(Γ(g, z)), reading no more than it needs
+    view(g, z)          base(Γ(g, z))
     elements            every g that may be drawn, on the CPU
     distance(g1, g2)    the topographic distance ‖g1⁻¹ g2‖
 
@@ -183,6 +183,7 @@ class Translation:
         return z[..., window, window]
 
     def view(self, g, z):    # (B, C, G, window, window)
+        # This is base(Γ(g, z)), but reads the window alone.
         return self.read(g, z, self.corner, self.window)
 
     def distance(self, g1, g2):

@@ -227,7 +227,9 @@ def softmax_regression(x, labels, penalty, start, iterations=1000, tolerance=1e-
     W and the gap.
     """
     weights = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=10, line_search_fn="strong_wolfe")
+    # A long history would be a few hundred small kernels per iteration on a GPU.
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=10, history_size=10, line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()

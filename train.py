@@ -37,18 +37,20 @@ from losses import Predictor, byol, move_target, nt_xent, simsiam
 # are what they are.
 
 PAPER = dict(batch_size=4096, warmup_epochs=10, temperature=0.1, trust_coefficient=0.001)
-TRIAL = dict(batch_size=256, warmup_epochs=1, temperature=0.5, trust_coefficient=0.03,
-             widths=[16, 32, 64], kernel_size=3, base_space=5)
-MNIST = dict(backbone="mnist", widths=[32, 63, 95], kernel_size=7, base_space=4, grid=2,
+MNIST = dict(backbone="mnist", widths=[32, 63, 95], kernel_size=7, base_space=4, grid=0,
              probe_grid=2)
 RESIDUAL = dict(backbone="residual", widths=[16, 128, 256, 512], kernel_size=7, base_space=4,
                 grid=4, probe_grid=1)
+GLYPHS = dict(epochs=8, batch_size=256, warmup_epochs=1, temperature=0.5, trust_coefficient=0.03,
+              widths=[16, 32, 64], kernel_size=3, base_space=5, grid=2)
+FOLDER = dict(epochs=100, batch_size=256, trust_coefficient=0.01, widths=[16, 32, 64],
+              kernel_size=5, base_space=8, grid=4, image_size=64)
 DATASETS = {
-    "glyphs": MNIST | TRIAL | dict(epochs=8),
+    "glyphs": MNIST | GLYPHS,
     "mnist": MNIST | PAPER | dict(epochs=500),
     "cifar10": RESIDUAL | PAPER | dict(epochs=1300),
     "tiny-imagenet": RESIDUAL | PAPER | dict(epochs=1300, base_space=8),
-    "folder": MNIST | TRIAL | dict(epochs=100, kernel_size=5, base_space=8, image_size=64),
+    "folder": MNIST | PAPER | FOLDER,
 }
 GROUPS = {
     "translation": dict(group_size=1),
@@ -230,13 +232,14 @@ class Supervised(nn.Module):
 def make_objective(args, encoder, group, data):
     """Put the method's head and loss behind an encoder. A ValueError where the flags do not fit."""
     x = data.batch(data.train_images[:1].cpu(), torch.tensor([0]))
+    side = x.shape[-1] // encoder.stride
     if args.crop:
         x = group.T(group.elements[:1], x)
     with torch.no_grad():
         z = encoder.eval()(x)
     encoder.train()
-    if max(args.grid, args.probe_grid) > z.shape[-1]:
-        raise ValueError(f"--grid and --probe-grid must be at most {z.shape[-1]}, the maps' side")
+    if max(args.grid, args.probe_grid) > side:
+        raise ValueError(f"--grid and --probe-grid must be at most {side}, the maps' side")
     if args.method in ("supervised", "frozen"):
         width = readout(z, args.probe_grid).shape[1]
         return Supervised(encoder, nn.Linear(width, max(1, data.classes)), args.probe_grid)
@@ -398,7 +401,7 @@ def prepare(args):
         name = torch.cuda.get_device_name(device) if args.device == "cuda" else "CPU"
         print(f"{name}: {world} x {args.batch_size // world} images a step, half precision "
               f"{args.amp}", flush=True)
-        if args.warmup_epochs >= args.epochs:
+        if args.warmup_epochs >= args.epochs and args.method != "frozen":
             print(f"a warm-up of {args.warmup_epochs:g} of {args.epochs} epochs: the learning rate "
                   f"never reaches {args.lr}", flush=True)
     if patient is not None:
@@ -451,7 +454,7 @@ def train(args):
         model = DistributedDataParallel(model, device_ids)
 
     path = Path(args.out) / "checkpoint.pt"
-    saved = f"the last checkpoint is of step {step}"
+    saved = f"the last checkpoint is of step {step}" if step > 0 else "there is no checkpoint yet"
 
     def save():
         nonlocal saved
@@ -554,7 +557,7 @@ def train(args):
 def main(args):
     try:
         train(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         end(error, 2)
 
 

@@ -404,6 +404,7 @@ def main(argv=None):
     if args.batch_size < 2 or args.repeats < 1:
         parser.error("--batch-size must be at least 2, and --repeats 1")
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")    # the profiler looks for GPUs, and says so
     # As train.py does it: shapes stay, so a search is worth it; and float32 means float32.
     torch.backends.cudnn.benchmark = True
     torch.backends.fp32_precision = "ieee"
@@ -421,7 +422,8 @@ def main(argv=None):
                 torch.cuda.empty_cache()
 
     content = dict(device=args.device, machine=machine(args.device), torch=torch.__version__,
-                   commit=commit(), batch_size=args.batch_size, repeats=args.repeats, records=records)
+                   commit=commit(), batch_size=args.batch_size, repeats=args.repeats,
+                   records=records)
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"benchmark-{args.device}.json"
     probe.write_whole(path, json.dumps(content, indent=1).encode() + b"\n")

@@ -1,7 +1,7 @@
 """Measure after every layer of a network how far Eq. (1) is from holding: f(T_g x) = Γ_g f(x).
 
     python experiments/equivariance.py                    fresh networks with SESN's filters
-    python experiments/equivariance.py RUN [RUN ...]      runs of train.py, before and after training
+    python experiments/equivariance.py RUN [RUN ...]      runs, before and after training
     python experiments/equivariance.py MODULE:FUNCTION    a network of your own
 
 MODULE is found in the current folder, and FUNCTION() returns a network, a group of hssl.py that
@@ -47,7 +47,7 @@ def elements_but_identity(group):
 
 
 def layer_error(f, group, x):
-    """The mean error of f, images (B, C, H, W) to features (B, C', G, H', W'), or None if left out."""
+    """The mean error of f, images to features (B, C, G, H, W), or None if left out."""
     elements = elements_but_identity(group)
     z = f(x[:1])
     if z.ndim != 5:
@@ -103,12 +103,13 @@ def layer_errors(network, group, x):
     return errors
 
 
-def fresh_networks(images=200):
+def fresh_networks(images, train_images=2000):
     """Networks as they begin, on glyphs: {column: {layer: error}}.
 
+    Batch norm has the statistics of train_images, and errors are those of images of the test split.
     Quarter turns by the untied network show what an error without any structure is.
     """
-    data = datasets.load("glyphs", train_images=2000)
+    data = datasets.load("glyphs", train_images=train_images)
     x = data.batch(data.test_images, torch.arange(images))
     columns = {}
     for title, network, group in [

@@ -1,4 +1,4 @@
-"""Draw the figures of README.md, TOUR.md and experiments/README.md into experiments/results/figures.
+"""Draw the figures of README.md, TOUR.md and experiments/README.md into results/figures.
 
     pip install -r experiments/requirements.txt
     python experiments/figures.py idea RUN          an image's two views, from a run by rotation
@@ -78,7 +78,7 @@ def arrow(figure, a, b, colour="black"):
 
 @torch.no_grad()
 def idea(args):
-    """One image through an encoder by rotation: the same two views from images and from features."""
+    """An image through an encoder by rotation: the same views from images and from features."""
     if len(args.runs) != 1:
         raise ValueError("idea takes one run: python experiments/figures.py idea RUN")
     encoder, settings = probe.load_encoder(args.runs[0])
@@ -171,8 +171,8 @@ def curves(args):
 def curve(folder, name):
     """(epochs, values, the frozen encoder's value, method) of a run, from its log.
 
-    name is "loss", which is averaged over epochs, or a measure of --eval-every, which has the frozen
-    encoder's value at epoch 0 if there is a probe.json.
+    name is "loss", which is averaged over epochs, or a measure of --eval-every, which has the
+    frozen encoder's value at epoch 0 if there is a probe.json.
     """
     method = json.loads((folder / "config.json").read_text())["method"]
     by_epoch = {}
@@ -271,7 +271,7 @@ def tour_filters(tour):
     """Step 2: basis functions, turned and widened."""
     figure = plt.figure(figsize=(8.4, 4.2))
     figure.text(0.02, 0.94, "rotation: functions at 0°, 90°, 180°, 270°")
-    figure.text(0.55, 0.94, "scale: the same functions, each step 1.41 times as wide")
+    figure.text(0.55, 0.94, "scale: functions, each time 1.41 times as wide")
     chosen = ((tour.turned, (1, 6, 9, 12), 0.04), (tour.widened, (0, 1, 4, 5), 1.1))
     for basis, functions, left in chosen:
         for row, number in enumerate(functions):
@@ -308,7 +308,8 @@ def tour_equivariance(tour):
         a = picture(figure, 0.5, bottom, 0.38, moved[0, 0], "$T_g\\,x$, $g$ = 90°")
         b = picture(figure, 0.98, bottom, 0.38, colours(left, fibers),
                     f"{name}: $f(T_g\\,x)$ at 0°", colour)
-        picture(figure, 1.46, bottom, 0.38, colours(right, fibers), "$\\Gamma_g f(x)$ at 0°", colour)
+        picture(figure, 1.46, bottom, 0.38, colours(right, fibers), "$\\Gamma_g f(x)$ at 0°",
+                colour)
         arrow(figure, image, a)
         arrow(figure, a, b, colour)
     return figure
@@ -342,8 +343,8 @@ def tour_views(tour):
             title = "G0: 0°"
             edge = BLUE
         picture(figure, 0.05 + 0.26 * k, 0.09, 0.22, turned, title, edge, fontsize=8.5)
-    figure.text(0.03, 0.4, "rotation: what the filters of each orientation see; the view of g reads "
-                "orientation −g", fontsize=9)
+    figure.text(0.03, 0.4, "rotation: what the filters of each orientation see; the view of g "
+                "reads orientation −g", fontsize=9)
 
     axes = figure.add_axes((0.63, 0.1, 0.35, 0.76))
     for row, g in enumerate((-2, -1, 0, 1, 2)):
@@ -386,7 +387,8 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=FIGURES)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="idea, curves: folders of runs")
-    parser.add_argument("--budget", choices=report.BUDGETS, default="cpu", help="whose results (cpu)")
+    parser.add_argument("--budget", choices=report.BUDGETS, default="cpu",
+                        help="losses, sweeps: whose results (cpu)")
     parser.add_argument("--data-dir", help="idea: folder of the data sets (the run's own)")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "figures", metavar="FOLDER",
                         help="where to write (experiments/results/figures)")

@@ -6,10 +6,10 @@ The runs come from results/NAME-BUDGET.json, which tables.py writes. At budget c
 from the folders results/NAME/*/ of runs that were started by hand: each holds the config.json,
 probe.json and log.jsonl that train.py wrote, and may hold a run.json with "machine" and "commit".
 
-means: frozen -> trained encoder, each as mean ± standard deviation over n whole trainings. Linear is
-the linear classifier and neighbours the vote of the 20 nearest, both top-1 on test images in
-percent. They read the maps averaged to 2x2, and under "mean" the mean over all positions. Rank is
-the effective rank. Time is that of the training steps, the mean of the runs.
+means: frozen → trained encoder, each as mean ± standard deviation over n whole trainings. Linear
+is the linear classifier and neighbours the vote of the 20 nearest, both top-1 on test images in
+percent. They read the maps averaged to --probe-grid, 2x2 here, and under "mean" the mean over all
+positions. Rank is the effective rank. Time is that of the training steps, the mean of the runs.
 
 differences: the mean difference of two rows over the n seeds that both have, with its 95 % interval
 by Student's t. It speaks of other seeds, not of other images, and each interval stands alone. ≈

@@ -2,9 +2,9 @@
 
     python experiments/simclr.py --method {simclr,h-ssl} [flags of train.py]
 
-Both encode two augmented copies of every image in a step. simclr compares the two, each by its whole
-map, so it takes no group but names the network's. h-ssl reads two views from the features of each
-copy, and compares all four. The flags, with their defaults, are train.py's; one process only, and
+Both encode two augmented copies of every image in a step. simclr compares the two by their whole
+maps, so the group only chooses the network. h-ssl reads two views from the features of each copy,
+and compares all four. The flags, with their defaults, are train.py's; one process only, and
 what ended early starts again with --resume. The run's folder is one that probe.py reads.
 
 Exit status: 0 finished, 1 diverged, 2 bad input or no room to save.

@@ -165,7 +165,7 @@ def machine():
 
 
 def commit():
-    """The commit that is checked out, and whether code has changed since; None twice without git."""
+    """The commit that is checked out, and whether code changed since; None twice without git."""
     head = git("rev-parse", "--short=10", "HEAD")
     if head.returncode != 0:
         return None, None

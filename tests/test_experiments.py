@@ -1,4 +1,5 @@
 """experiments/tables.py trains what it lists and loses nothing; figures.py draws."""
+import importlib
 import json
 import subprocess
 import sys
@@ -7,7 +8,6 @@ import pytest
 import torch
 
 import data
-import figures
 import probe
 import report
 import simclr
@@ -191,12 +191,19 @@ def test_tables_that_cannot_be_trained_are_refused(flags, words, capsys):
 
 # ----------------------------------------------------------------------------- figures
 
+@pytest.fixture(scope="module")
+def figures():
+    """The module, whose requirements are its own: the project does without matplotlib."""
+    pytest.importorskip("matplotlib")
+    return importlib.import_module("figures")
+
+
 def is_picture(path):
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
 @pytest.mark.parametrize("name", ("losses", "sweeps"))
-def test_figures_of_committed_tables(name, tmp_path):
+def test_figures_of_committed_tables(figures, name, tmp_path):
     figures.main([name, "--out", str(tmp_path)])
     assert is_picture(tmp_path / f"{name}.png")
 
@@ -211,13 +218,13 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_figures_of_a_run(run, tmp_path, few_glyphs):
+def test_figures_of_a_run(figures, run, tmp_path, few_glyphs):
     figures.main(["idea", str(run), "--out", str(tmp_path)])
     figures.main(["curves", str(run), "--out", str(tmp_path)])
     assert is_picture(tmp_path / "idea.png") and is_picture(tmp_path / "curves.png")
 
 
-def test_a_curve_begins_with_the_frozen_encoder(run):
+def test_a_curve_begins_with_the_frozen_encoder(figures, run):
     """Its loss is the mean of an epoch's steps; looks are those of the log."""
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     epochs, losses, frozen, method = figures.curve(run, "loss")
@@ -235,7 +242,7 @@ def test_a_curve_begins_with_the_frozen_encoder(run):
     (["curves", "nosuch"], "nosuch"),
     (["losses", "--budget", "paper"], "there are no results of 'mnist' at budget paper"),
 ))
-def test_figures_that_cannot_be_drawn_are_refused(words, message, tmp_path, capsys):
+def test_figures_that_cannot_be_drawn_are_refused(figures, words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         figures.main([*words, "--out", str(tmp_path)])
     assert stop.value.code == 2

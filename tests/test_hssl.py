@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hssl import (Crops, ProjectionHead, Rotation, Scale, Translation, a_ssl_loss, allowed_pairs,
-                  crop, h_ssl_loss, make_group, readout)
+                  h_ssl_loss, make_group, readout)
 from losses import nt_xent
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -67,6 +67,16 @@ def test_shifted_images():
     assert other_side.sum() == 3 * 16 * 16    # as for an encoder that does not pad
 
 
+def test_beyond_the_border():
+    """Features go on as at the border; around images there is nothing."""
+    one = torch.tensor([1])
+    image = torch.ones(1, 1, 7, 7)
+    for group, g, places in ((Rotation(8), one, 8), (Scale(3, 1.5), -one, 3)):
+        features = torch.ones(1, 1, places, 7, 7)
+        torch.testing.assert_close(group.Γ(g, features)[:, :, 0], image)
+        assert group.T(g, image)[0, 0, 0, 0] < 0.5
+
+
 def test_scale_beyond_the_axis_is_zero():
     """Γ_g moves scale s to s + g; what would come from beyond the axis is zero."""
     z = torch.rand(1, 2, 3, 4, 4) + 1
@@ -122,19 +132,6 @@ def test_one_position_is_the_local_patch_family():
     torch.testing.assert_close(loss, nt_xent(*fibers), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("circular", (False, True))
-def test_crop(circular):
-    """Against one padded or rolled image at a time."""
-    x = torch.randn(6, 2, 5, 7)
-    corner = torch.randint(-4, 5, (6, 2))
-    windows = crop(x, corner, (3, 4), 4, circular)
-    for image, (top, left), window in zip(x, corner.tolist(), windows):
-        expected = F.pad(image, (10, 10, 10, 10))[:, top + 10:top + 13, left + 10:left + 14]
-        if circular:
-            expected = image.roll((-top, -left), (1, 2))[:, :3, :4]
-        assert torch.equal(window, expected)
-
-
 def test_readout_keeps_the_layout():
     """Group elements first, then channels, rows and columns."""
     view = torch.randn(2, 3, 2, 4, 4)
@@ -169,12 +166,6 @@ def test_no_such_group(make, arguments, message):
         make(*arguments)
 
 
-def beyond(group):
-    """Elements next to the last ones, for a batch of two."""
-    edge = group.elements.amax(0) + 1
-    return edge.expand(2, *edge.shape)
-
-
 @groups
 @pytest.mark.parametrize("act", ("view", "Γ", "T"))
 def test_elements_that_do_not_fit(act, group, shape):
@@ -188,11 +179,10 @@ def test_elements_that_do_not_fit(act, group, shape):
     for wrong in (good[:1], group.elements[[0, 1, 0]], good[0], good[..., None], good.double()):
         with pytest.raises(ValueError, match="integers"):
             call(wrong, inputs)
-    closed = isinstance(group, Rotation) or getattr(group, "circular", False)
-    if closed:
-        call(beyond(group), inputs)    # any integers name an element
+    if isinstance(group, Rotation) or getattr(group, "circular", False):
+        call(good - 100, inputs)    # any integers name an element
         return
-    for wrong in (beyond(group), -beyond(group) - 3):
+    for wrong in (group.elements[-2:] + 1, group.elements[:2] - 1):
         with pytest.raises(ValueError, match="elements of the group"):
             call(wrong, inputs)
 
@@ -210,22 +200,33 @@ def test_elements_of_another_type(group, shape, dtype):
 
 @groups
 def test_features_that_do_not_fit(group, shape):
-    """No group axis, another one, or maps of another size, for Γ, view and base."""
+    """No group axis, another one, or maps of another side, for Γ, view and base."""
     channels, places, height, width = shape
     g = group.elements[:2]
     wrong = [(channels, height, width), (channels * height * width,), (1, channels, places, 7, 7)]
     if not isinstance(group, Translation):
         wrong.append((channels, places + 1, height, width))
         wrong.append((channels, 1, height, width))
-    if not isinstance(group, Scale):
-        wrong.append((channels, places, height, width + 1))
     if isinstance(group, Translation):
         wrong.append((channels, places, 8, 8))
+        wrong.append((channels, places, 7, 8))
     for other in wrong:
         z = torch.randn(2, *other)
-        for call in (lambda: group.Γ(g, z), lambda: group.view(g, z), lambda: group.base(z)):
+        with pytest.raises(ValueError, match="features must be"):
+            group.base(z)
+        for move in (group.Γ, group.view):
             with pytest.raises(ValueError, match="features must be"):
-                call()
+                move(g, z)
+
+
+def test_maps_that_are_not_square():
+    """They can be enlarged, but not turned."""
+    g = torch.tensor([1, 0])
+    z = torch.randn(2, 1, 3, 6, 7)
+    assert Scale(3, 1.41).view(g, z).shape == (2, 1, 1, 6, 7)
+    for move in (Rotation(3).Γ, Rotation(3).view):
+        with pytest.raises(ValueError, match="features must be"):
+            move(g, z)
 
 
 def test_images_that_do_not_fit():
@@ -241,39 +242,23 @@ def test_images_that_do_not_fit():
             group.T(element, torch.zeros(shape))
 
 
-@pytest.mark.parametrize("shape", ((8, 3, 7, 7), (8, 3), (3, 1, 4, 7, 7, 7)))
-def test_readout_refuses_what_is_no_view(shape):
-    with pytest.raises(ValueError, match="a view must be"):
-        readout(torch.randn(shape), 2)
-
-
-class Encoder(nn.Module):
-    """Stride 4, no padding: as wide a map as the images give; a group axis only if asked for."""
-
-    def __init__(self, group_axis=True):
-        super().__init__()
-        self.group_axis = group_axis
-
-    def forward(self, x):
-        z = F.avg_pool2d(x, 4)
-        if self.group_axis:
-            z = z.unsqueeze(2)
-        return z
-
-
 @pytest.mark.parametrize("loss", (h_ssl_loss, a_ssl_loss))
-@pytest.mark.parametrize("group, count, side, group_axis", (
-    (Translation(7, 4, 4), 2, 28, True),    # elements for 2 of 8 images
-    (Translation(7, 4, 4), 8, 32, True),    # 8x8 positions, not 7x7
-    (Translation(7, 4, 4), 8, 28, False),    # features (B, C, H, W)
-    (Rotation(4), 2, 28, True),
-    (Rotation(4), 8, 28, True),    # one orientation, not 4
-    (Rotation(4), 8, 28, False),
-    (Scale(3, 1.41), 8, 28, False)))
-def test_the_losses_refuse_too(loss, group, count, side, group_axis):
-    """L_A refuses what L_H refuses."""
+@pytest.mark.parametrize("group, count, side", (
+    (Translation(7, 4, 4), 2, 28),    # elements for 2 of 8 images
+    (Translation(7, 4, 4), 8, 32),    # 8x8 positions, not 7x7
+    (Rotation(4), 2, 28),
+    (Rotation(4), 8, 28)))    # one orientation, not 4
+def test_the_losses_refuse_too(loss, group, count, side):
+    """L_A refuses what L_H refuses; and neither takes features without a group axis."""
+    def f(x):
+        return F.avg_pool2d(x, 4).unsqueeze(2)
+
     x = torch.randn(8, 2, side, side)
     g1 = group.elements[[0] * count]
     g2 = group.elements[[1] * count]
     with pytest.raises(ValueError, match="must be"):
-        loss(Encoder(group_axis), nn.Flatten(), nt_xent, group, x, g1, g2)
+        loss(f, readout, nt_xent, group, x, g1, g2)
+    with pytest.raises(ValueError, match="must be"):
+        loss(nn.AvgPool2d(4), readout, nt_xent, group, x, g1, g2)
+    with pytest.raises(ValueError, match="a view must be"):
+        readout(nn.AvgPool2d(4)(x), 2)

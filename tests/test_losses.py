@@ -74,7 +74,8 @@ def test_a_small_temperature_does_not_overflow():
 
 
 @pytest.mark.parametrize("shapes, temperature, message", (
-    (((3, 4), (3, 5)), 0.1, "alike"), (((3, 4), (2, 4)), 0.1, "alike"), (((3,), (3,)), 0.1, "alike"),
+    (((3, 4), (3, 5)), 0.1, "alike"), (((3, 4), (2, 4)), 0.1, "alike"),
+    (((3,), (3,)), 0.1, "alike"),
     (((3, 4, 1), (3, 4, 1)), 0.1, "alike"), (((3, 4), (3, 4)), 0.0, "above 0"),
     (((3, 4), (3, 4)), -1.0, "above 0"), (((3, 4), (3, 4)), math.nan, "above 0")))
 def test_what_nt_xent_refuses(shapes, temperature, message):

@@ -185,7 +185,7 @@ def marked_tables(text):
 
 @pytest.mark.parametrize("document, least", (("README.md", 0), ("experiments/README.md", 3)))
 def test_results_in_the_documents_are_those_of_the_files(document, least):
-    """Each marked table is what report.py prints, and no other table has deviations or intervals."""
+    """Marked tables are what report.py prints; no other table has deviations or intervals."""
     text = (ROOT / document).read_text()
     tables = list(marked_tables(text))
     assert len(tables) >= least

@@ -129,19 +129,6 @@ def test_what_may_change(undisturbed, tmp_path):
     assert_equal(resumed["encoder"], torch.load(undisturbed([]) / "checkpoint.pt")["encoder"])
 
 
-def test_resume_starts_a_run_where_there_is_none(tmp_path):
-    assert train_here(tmp_path / "new", "--resume")["step"] == 6
-
-
-def test_a_finished_run_is_measured_again(undisturbed, tmp_path):
-    """As after the death of the last moment: no step is taken."""
-    shutil.copytree(undisturbed([]), tmp_path / "run")
-    (tmp_path / "run" / "probe.json").unlink()
-    train_here(tmp_path / "run", "--resume")
-    for name in ("probe.json", "log.jsonl"):
-        assert (tmp_path / "run" / name).read_text() == (undisturbed([]) / name).read_text()
-
-
 # ---------------------------------------------------------------------------- what is refused
 
 def spoil(run, how):
