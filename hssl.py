@@ -162,7 +162,10 @@ class Translation:
         self.corner = (side - window) // 2
         first = self.corner + window - side
         last = self.corner
+        self.limits = (first, last)
         if circular:
+            # Shifts repeat, so that any integers name one.
+            self.limits = (None, None)
             first = 0
             last = side - 1
         self.reach = max(-first, last)
@@ -171,7 +174,7 @@ class Translation:
 
     def T(self, g, x):
         check_images(x)
-        self.check_shifts(g, x)
+        check_elements(g, (len(x), 2), *self.limits)
         return crop(x, -g * self.stride, x.shape[-2:], self.reach * self.stride, self.circular)
 
     def Γ(self, g, z):
@@ -195,18 +198,10 @@ class Translation:
     def read(self, g, z, corner, size, margin=0):
         """The part of Γ_g z whose top left corner is (corner, corner): (B, C, G, size, size)."""
         check_features(z, side=self.side)
-        self.check_shifts(g, z)
+        check_elements(g, (len(z), 2), *self.limits)
         maps = fold_group(z)
         maps = crop(maps, corner - g, (size, size), margin, self.circular)
         return unfold_group(maps, z.shape[2])
-
-    def check_shifts(self, g, x):
-        """Circular shifts repeat, so that any integers name one; others must be among the
-        elements."""
-        if self.circular:
-            check_elements(g, (len(x), 2))
-        else:
-            check_elements(g, (len(x), 2), self.elements.min(), self.elements.max())
 
 
 # --------------------------------------------------------------------------------------- rotation
@@ -278,17 +273,18 @@ class Scale:
         self.step = step
         self.base_size = base_size
         self.first = (scales - base_size) // 2
-        self.elements = torch.arange(self.first + base_size - scales, self.first + 1)    # (M,)
+        self.limits = (self.first + base_size - scales, self.first)
+        self.elements = torch.arange(self.limits[0], self.limits[1] + 1)    # (M,)
 
     def T(self, g, x):
         check_images(x)
-        self.check_exponents(g, x)
+        check_elements(g, (len(x),), *self.limits)
         return zoom(x, self.step ** g.double())
 
     def Γ(self, g, z):
         """(Γ_g z)(s, u) = z(s - g, u / step**g), and zero beyond the axis."""
         check_features(z, self.scales)
-        self.check_exponents(g, z)
+        check_elements(g, (len(z),), *self.limits)
         source = torch.arange(self.scales, device=z.device) - g[:, None]    # (B, G)
         exists = (source >= 0) & (source < self.scales)
         moved = pick(z, source.clamp(0, self.scales - 1)) * exists[:, None, :, None, None]
@@ -304,9 +300,6 @@ class Scale:
 
     def distance(self, g1, g2):
         return (g1 - g2).abs()
-
-    def check_exponents(self, g, x):
-        check_elements(g, (len(x),), self.elements[0], self.elements[-1])
 
 
 # ---------------------------------------------------------------------------------- A-SSL's crops
@@ -328,7 +321,7 @@ class Crops:
     def T(self, g, x):
         shifts = self.shifts
         check_images(x, side=shifts.side * shifts.stride)
-        shifts.check_shifts(g, x)
+        check_elements(g, (len(x), 2), *shifts.limits)
         size = shifts.window * shifts.stride
         return crop(x, (shifts.corner - g) * shifts.stride, (size, size), circular=shifts.circular)
 
