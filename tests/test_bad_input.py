@@ -114,6 +114,8 @@ def test_one_line(flags, words, tmp_path, monkeypatch, capsys):
 def test_no_data_and_no_network(dataset, words, tmp_path, monkeypatch, capsys):
     """The line says what to put where by hand."""
     monkeypatch.chdir(tmp_path)
+    # urllib keeps the proxies of its first call.
+    monkeypatch.setattr("urllib.request._opener", None)
     for proxy in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")
     assert_refused(["--dataset", dataset], words, capsys)

@@ -234,6 +234,8 @@ def test_a_server_that_says_nothing(tmp_path, monkeypatch, capsys, name):
         monkeypatch.setattr(data, "TINY_IMAGENET_URL", f"{address}tiny-imagenet-200.zip")
         monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [address])
         monkeypatch.setattr("torchvision.datasets.CIFAR10.url", f"{address}cifar.tar.gz")
+        # urllib keeps the proxies of its first call.
+        monkeypatch.setattr("urllib.request._opener", None)
         for variable in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(variable, raising=False)
             monkeypatch.delenv(variable.upper(), raising=False)

@@ -124,7 +124,8 @@ def test_a_dimension_that_is_constant_in_training_carries_nothing(constant):
     z, z_test = probe.standardise(x, test)
     assert not z[:, -1].any() and not z_test[:, -1].any()
     assert z_test.abs().max() < 6
-    assert probe.linear_classifier(x, labels, test, answers, 4) == pytest.approx(right, abs=0.1)
+    # Both are trained to within 1e-4 nats of the minimum: three of 1,000 rows may change sides.
+    assert probe.linear_classifier(x, labels, test, answers, 4) == pytest.approx(right, abs=0.3)
     # A difference of the same size that is there in training is kept.
     x[::2, -1] += 0.001
     kept, = probe.standardise(x)
@@ -176,14 +177,17 @@ def test_the_penalty_is_chosen_on_rows_that_the_classifier_does_not_see(monkeypa
     calls = []
     original = probe.softmax_regression
 
-    def recorded(x, labels, penalty, start):
+    def recorded(x, labels, penalty, *arguments, **options):
         calls.append((len(x), penalty))
-        return original(x, labels, penalty, start)
+        return original(x, labels, penalty, *arguments, **options)
 
     monkeypatch.setattr(probe, "softmax_regression", recorded)
     probe.linear_classifier(x, labels, test, answers, 4)
-    assert calls[:-1] == [(1900, penalty) for penalty in probe.PENALTIES]
-    assert calls[-1][0] == 2000 and calls[-1][1] < probe.PENALTIES[0]
+    # The path ends where the held-out loss has risen, and the one before is taken.
+    tried = [penalty for _, penalty in calls[:-1]]
+    assert calls[:-1] == [(1900, penalty) for penalty in probe.PENALTIES[:len(tried)]]
+    assert 2 < len(tried) < len(probe.PENALTIES)
+    assert calls[-1] == (2000, tried[-2])
     held, _ = probe.hold_out(2000)
     labels[held] = (labels[held] + 1) % 4
     probe.linear_classifier(x, labels, test, answers, 4)
@@ -342,9 +346,7 @@ def test_nothing_to_classify(capsys):
     result = probe.evaluate(Pixels(), none)
     assert result["top1"] is None and result["neighbours"] is None
     assert result["effective_rank"] == pytest.approx(3)
-    words = probe.in_words(dict(result, frozen=result))
-    assert words.splitlines()[0].startswith("no top1")
-    assert "effective_rank: frozen 3.00 -> 3.00" in words
+    assert probe.in_words(result) == "effective rank 3.00"
 
 
 # ----------------------------------------------------------------------------- checkpoints
