@@ -38,7 +38,7 @@ EXTENSIONS = (".jpg .jpeg .jpe .jfif .mpo .png .webp .tif .tiff .bmp .gif .ppm .
               ".jp2 .avif .heic .heif").split()
 CACHE_FORMAT = 1  # to be raised whenever the same files would give other pixels
 EXIF_ORIENTATION = 0x0112
-# What makes an image upright whose orientation is 2, 3, ... 8.
+# The operation that makes an image of EXIF orientation 2, 3, ... 8 upright.
 UPRIGHT = ("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE "
            "ROTATE_90").split()
 
@@ -92,7 +92,7 @@ def load(name, folder="datasets", cache_dir="datasets", device="cpu", train_imag
     The images of the last two are decoded into one tensor, which has to fit in memory (twice, while
     they are decoded), and kept as CACHE_DIR/NAME-HASH.pt. The hash is over all that the pixels
     depend on, so what was made from images that have changed is never opened again. Old files are
-    to be deleted by hand. What a program that was killed left is a folder tmp... there.
+    to be deleted by hand. A killed program may leave a folder tmp... there; it can be deleted.
 
     Raises a ValueError or OSError of one line for an unknown name, files that cannot be downloaded,
     read or written, too few images, or an image_size for another data set.
@@ -121,15 +121,18 @@ def load(name, folder="datasets", cache_dir="datasets", device="cpu", train_imag
     if held_out < 0 or not 1 <= keep <= rest:
         raise ValueError(f"{name} has {total} training images, so {keep} cannot be taken "
                          f"and {held_out} held out")
-    order = np.random.default_rng(0).permutation(total)
+    shuffled = np.random.default_rng(0).permutation(total)
+    test_index = np.sort(shuffled[:held_out])
+    train_index = np.sort(shuffled[held_out:])
     drawn = np.random.default_rng(seed).permutation(rest)[:keep]
+    train_index = train_index[np.sort(drawn)]
     fields = dict(vars(data))
     for kind in ("images", "labels", "files"):
         whole = fields[f"train_{kind}"]
         if held_out:
-            fields[f"test_{kind}"] = whole[np.sort(order[:held_out])]
+            fields[f"test_{kind}"] = whole[test_index]
         if keep < total:  # otherwise the images stay mapped, uncopied
-            fields[f"train_{kind}"] = whole[np.sort(order[held_out:])[np.sort(drawn)]]
+            fields[f"train_{kind}"] = whole[train_index]
     for key, value in fields.items():
         if torch.is_tensor(value):
             fields[key] = value.to(device)
@@ -217,42 +220,51 @@ def image_folder(folder, cache_dir, side=64):
             if path.suffix.lower() in EXTENSIONS and not HIDDEN.match(name):
                 files.append(path.parts)
 
-    folders = {parts[0].lower(): parts[0] for parts in files if len(parts) > 1}
+    parents = {parts[0] for parts in files if len(parts) > 1}
+    parent_of_split = {}
+    for parent in sorted(parents, reverse=True):  # train before Train
+        parent_of_split.setdefault(parent.lower(), parent)
     splits = []
     class_names = []
-    if "train" in folders:
-        names = [name for name in SPLITS if name in folders][:2]
-        splits = [folders.pop(name) for name in names]
-        if folders:
-            print(f"{folder}: not used, though they hold images: {list(folders.values())}")
+    if "train" in parent_of_split:
+        splits = [parent_of_split[name] for name in SPLITS if name in parent_of_split][:2]
+        unused = sorted(parents.difference(splits))
+        if unused:
+            print(f"{folder}: not used, though they hold images: {unused}")
         files = [parts for parts in files if parts[0] in splits]
         class_names = {parts[1] for parts in files if parts[0] == splits[0] and len(parts) > 2}
         class_names = sorted(class_names)
     for error in errors:
-        if not splits or Path(error.filename).relative_to(folder).parts[0].lower() in SPLITS:
+        if not splits:
+            raise error
+        parent = Path(error.filename).relative_to(folder).parts[0]
+        if parent in splits or (len(splits) == 1 and parent.lower() in SPLITS):
             raise error
 
-    class_of_file = {}
-    annotations = folder / "val" / "val_annotations.txt"
+    class_of_test_file = {}
+    annotations = folder.joinpath(*splits[1:], "val_annotations.txt")
     if annotations.exists():
-        lines = annotations.read_text(encoding="utf-8-sig").splitlines()
-        class_of_file = dict(line.split()[:2] for line in lines if line.strip())
+        for line in annotations.read_text(encoding="utf-8-sig").splitlines():
+            words = line.split("\t")
+            class_of_test_file[words[0]] = words[min(1, len(words) - 1)]
 
-    labels = {name: label for label, name in enumerate(class_names)}
+    label_of_class = {name: label for label, name in enumerate(class_names)}
     rows = []
     for parts in files:
         path = "/".join(parts)
         file = folder / path
-        names = [class_of_file.get(parts[-1]), *parts[1:-1]]
-        label = next((labels[name] for name in names if name in labels), -1)
-        if class_names and label < 0:
-            raise ValueError(f"{path!r} in {folder} is in none of its {len(class_names)} classes")
         normal_path = unicodedata.normalize("NFC", path)  # macOS stores another form
         path_hash = hashlib.sha256(normal_path.encode(errors="surrogatepass")).hexdigest()
         is_test = int(path_hash, 16) % 10 == 0
+        candidates = list(parts[1:-1])
         if len(splits) == 2:
             is_test = parts[0] == splits[1]
-        # Of a link to nothing, it is the link's own.
+            if is_test:
+                candidates.insert(0, class_of_test_file.get(parts[-1]))
+        label = next((label_of_class[name] for name in candidates if name in label_of_class), -1)
+        if class_names and label < 0:
+            raise ValueError(f"{path!r} in {folder} is in none of its {len(class_names)} classes")
+        # A dangling link has only its own status; `_decode` reports it.
         status = os.stat(file, follow_symlinks=file.exists())
         rows.append((is_test, path_hash, path, label, status.st_size, status.st_mtime_ns))
     rows.sort()
@@ -266,12 +278,15 @@ def image_folder(folder, cache_dir, side=64):
     except Exception as error:
         raise ValueError(f"cannot read {cache} ({_in_one_line(error)}): with another cache folder, "
                          "it is made anew") from None
-    labels = torch.tensor([row[3] for row in rows])
-    files = np.array([row[2] for row in rows])
-    n = sum(not row[0] for row in rows)
-    print(f"{folder}: {n} training images, {len(rows) - n} test images "
-          f"({''.join(splits[1:]) or 'about a tenth, held out by name'}), "
-          f"{len(class_names) or 'no (they need train/CLASS/...)'} classes", report, flush=True)
+    is_test, _, paths, labels, _, _ = zip(*rows)
+    files = np.array(paths)
+    labels = torch.tensor(labels)
+    n = is_test.count(False)
+    test_name = "about a tenth, held out by name"
+    if len(splits) == 2:
+        test_name = splits[1]
+    print(f"{folder}: {n} training images, {len(rows) - n} test images ({test_name}), "
+          f"{len(class_names) or 'no (they need train/CLASS/...)'} classes{report}", flush=True)
     return Dataset(images[:n], labels[:n], files[:n], images[n:], labels[n:], files[n:],
                    class_names, mean, std)
 

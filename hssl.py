@@ -10,9 +10,9 @@ First the objectives, then the groups. Each group has
     elements            every g that may be drawn, on the CPU
     distance(g1, g2)    the topographic distance ‖g1⁻¹ g2‖
 
-where g is an integer tensor with one group element per image, on the images' device. All raise
-a ValueError for images, features or elements that do not fit the group. (Elements are looked at
-on the CPU only, for on a GPU every step would wait for the answer.)
+where g is an integer tensor with one group element per image, on the images' device. The first
+four raise a ValueError for images, features or elements that do not fit the group. (The values of
+g are checked only on the CPU, because on a GPU every step would have to wait.)
 
 Letters: B batch, C channels, G length of the group axis, H W space, D numbers per projection, M
 elements that may be drawn, P pairs of them, S base-space size along the group axis.
@@ -106,9 +106,8 @@ def readout(view, grid=0):
     With grid > 0 each map is averaged down to grid x grid: (B, S·C·grid²). The layout stays: a
     view is a list of fibers, not their mean.
     """
-    if view.ndim != 5:
-        raise ValueError(f"a view must be (B, C, S, H, W), but this is {tuple(view.shape)}")
-    maps = view.transpose(1, 2).flatten(1, 2)    # (B, S·C, H, W)
+    check_features(view)
+    maps = fold_group(view)
     if grid > 0:
         maps = F.adaptive_avg_pool2d(maps, grid)
     return maps.flatten(1)
@@ -158,13 +157,14 @@ class Translation:
         self.window = window
         self.stride = stride
         self.circular = circular
-        # The window of Γ_g z is the window of z at corner - g.
+        # The window of Γ_g z is the window of z at corner - g, and is on the map while
+        # 0 <= corner - g <= side - window.
         self.corner = (side - window) // 2
-        first = self.corner + window - side
+        first = self.corner - (side - window)
         last = self.corner
         self.limits = (first, last)
         if circular:
-            # Shifts repeat, so that any integers name one.
+            # Shifts by the map's side and more come round again: all integers name an element.
             self.limits = (None, None)
             first = 0
             last = side - 1
@@ -186,12 +186,13 @@ class Translation:
         return z[..., window, window]
 
     def view(self, g, z):    # (B, C, G, window, window)
-        # This is base(Γ(g, z)), but reads the window alone.
+        # This is base(Γ(g, z)), but only reads the window.
         return self.read(g, z, self.corner, self.window)
 
     def distance(self, g1, g2):
         apart = (g1 - g2).abs()
         if self.circular:
+            apart = apart % self.side
             apart = torch.minimum(apart, self.side - apart)
         return apart.amax(-1)
 
@@ -246,7 +247,7 @@ class Rotation:
         return self.base(self.Γ(g, z))
 
     def distance(self, g1, g2):
-        apart = (g1 - g2).abs()
+        apart = (g1 - g2) % self.orientations
         return torch.minimum(apart, self.orientations - apart)
 
 
@@ -353,25 +354,25 @@ def make_group(name, group_size, base_size, side, stride, scale_step=1.41, circu
 
 def check_images(x, side=None):
     """Raise a ValueError unless x is (B, C, H, W), with H = W = side if side is given."""
-    if x.ndim != 4 or side not in (None, x.shape[-1]) or side not in (None, x.shape[-2]):
-        sides = "H, W" if side is None else f"{side}, {side}"
-        raise ValueError(f"images must be (B, C, {sides}) for this group, "
+    if x.ndim != 4 or (side is not None and x.shape[2:] != (side, side)):
+        raise ValueError(f"images must be (B, C, H, W) with H = W = {side or 'any'}, "
                          f"but these are {tuple(x.shape)}")
 
 
 def check_features(z, group_size=None, side=None):
     """Raise a ValueError unless z is (B, C, G, H, W), with this G and H = W = side if given."""
     fits = z.ndim == 5
-    fits = fits and group_size in (None, z.shape[2])
-    fits = fits and (side is None or z.shape[-2:] == (side, side))
+    if group_size is not None:
+        fits = fits and z.shape[2] == group_size
+    if side is not None:
+        fits = fits and z.shape[3:] == (side, side)
     if not fits:
         raise ValueError(f"features must be (B, C, G, H, W) with G = {group_size or 'any'} and "
-                         f"H = W = {side or 'any'} for this group, but these are {tuple(z.shape)}")
+                         f"H = W = {side or 'any'}, but these are {tuple(z.shape)}")
 
 
 def check_elements(g, shape, least=None, most=None):
-    """Raise a ValueError unless g are integers of this shape, from least to most if these are
-    given."""
+    """Raise a ValueError unless g are integers of this shape, and on a CPU from least to most."""
     if g.shape != shape or g.dtype != torch.int64:
         raise ValueError(f"g must be integers (int64) {tuple(shape)}, one group element per image, "
                          f"but is {g.dtype} {tuple(g.shape)}")

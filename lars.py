@@ -56,13 +56,13 @@ class LARS(torch.optim.Optimizer):
                     w_norm = torch.linalg.vector_norm(w)
                     d_norm = torch.linalg.vector_norm(d)
                     ratio = group["trust_coefficient"] * w_norm / d_norm
-                    # No branch, so that no step waits for a GPU.
+                    # A branch would make every step wait for the GPU.
                     ratio = torch.where((w_norm > 0) & (d_norm > 0), ratio, 1.0)
                     d = ratio * d
                 state = self.state[w]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(w)
-                m = state["momentum"]
+                if "m" not in state:
+                    state["m"] = torch.zeros_like(w)
+                m = state["m"]
                 m.mul_(group["momentum"]).add_(d)
                 w.sub_(group["lr"] * m)
         return loss

@@ -34,22 +34,23 @@ def hermite_orders(group, effective_size):
 
 def hermite_gaussian(t, order, sigma):
     """He_order(t/σ) exp(-t²/2σ²)/σ at points t in pixels: one factor of a basis function."""
-    # Probabilists' Hermite polynomials: He_{j+1} = t He_j - j He_{j-1}.
-    previous = torch.zeros_like(t)
-    current = torch.ones_like(t)
+    s = t / sigma
+    # Probabilists' Hermite polynomials: He_{j+1}(s) = s He_j(s) - j He_{j-1}(s).
+    previous = torch.zeros_like(s)
+    current = torch.ones_like(s)
     for j in range(order):
-        following = t / sigma * current - j * previous
+        following = s * current - j * previous
         previous = current
         current = following
-    return current * torch.exp(-t**2 / (2 * sigma**2)) / sigma
+    return current * torch.exp(-s**2 / 2) / sigma
 
 
 def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=0.9,
                     scale_step=1.41):
     """Sample the basis functions for every orientation or scale: (K, G, k, k) in float64.
 
-    Each function is divided by its norm at the first of them, as SESN does at the smallest scale.
-    Raises a ValueError for an unknown group, or sizes that make no basis.
+    Each function is divided by its norm at the first orientation or, as in SESN, the smallest
+    scale. Raises a ValueError for an unknown group, or sizes that make no basis.
 
     Args:
         group: "translation", "rotation" or "scale".
@@ -182,13 +183,16 @@ class GroupConv2d(SteerableConv2d):
     """From a function on the group to another: (B, C, G, H, W) -> (B, C', G, H, W).
 
     Output g reads the inputs g, g + 1, ..., g + E - 1 through filters turned (or widened) by g.
-    After the last input comes the first again if cyclic (rotation), else zero (scale). With E = 1
-    this is one grouped convolution, else one dense convolution in which inputs out of reach have
-    zero weights. Other arguments: see `SteerableConv2d`.
+    After the last input comes the first again if cyclic (rotation), else zero (scale). extent None
+    is all inputs if cyclic, else one, as in most of SESN's networks. With E = 1 this is one grouped
+    convolution, else one dense convolution in which inputs out of reach have zero weights. Other
+    arguments: see `SteerableConv2d`.
     """
 
-    def __init__(self, in_channels, out_channels, basis, extent=1, cyclic=False,
+    def __init__(self, in_channels, out_channels, basis, extent=None, cyclic=False,
                  padding_mode="zeros", bias=True):
+        if extent is None:
+            extent = basis.shape[1] if cyclic else 1
         super().__init__(in_channels, out_channels, basis, extent, padding_mode, bias)
         places = torch.arange(self.group_size)
         offset = places - places[:, None]    # of input h, as output g sees it
@@ -250,7 +254,7 @@ class MNISTBackbone(Backbone):
     Args:
         group, group_size, kernel_size, scale_step: see `steerable_basis`.
         widths: channels of the three stages; SESN has 32, 63, 95.
-        extent: orientations or scales that a filter spans; None for 1, and all for rotation.
+        extent: orientations or scales that a filter spans, see `GroupConv2d`.
         padding_mode: "zeros", or "circular" to make shifts by the stride, 4 pixels, exact.
     """
 
@@ -258,8 +262,6 @@ class MNISTBackbone(Backbone):
                  kernel_size=7, scale_step=1.41, extent=None, padding_mode="zeros"):
         basis = steerable_basis(group, group_size, kernel_size, scale_step=scale_step)
         check_widths(widths, 3)
-        if extent is None:
-            extent = default_extent(group, group_size)
         cyclic = group == "rotation"
         one, two, three = widths
         super().__init__(
@@ -277,7 +279,7 @@ class ResidualBlock(nn.Module):
 
     If down, H and W are halved by 2x2 means before both branches, where SESN strides. A stride
     reads one corner of each 2x2 cell, which a quarter turn moves to another corner; the mean of
-    the cell stays. convolution makes a group convolution from C and C'. The shortcut is a 1x1
+    the cell stays. convolution(C, C') returns a group convolution. The shortcut is a 1x1
     convolution, the same along G, where the shape changes.
     """
 
@@ -318,8 +320,6 @@ class ResidualBackbone(Backbone):
                  kernel_size=7, scale_step=1.41, extent=None, padding_mode="zeros"):
         basis = steerable_basis(group, group_size, kernel_size, scale_step=scale_step)
         check_widths(widths, 4)
-        if extent is None:
-            extent = default_extent(group, group_size)
         cyclic = group == "rotation"
 
         def convolution(channels, out_channels):
@@ -341,11 +341,6 @@ class ResidualBackbone(Backbone):
 def check_widths(widths, count):
     if len(widths) != count:
         raise ValueError(f"widths are {tuple(widths)}, but must be {count} numbers of channels")
-
-
-def default_extent(group, group_size):
-    """A filter spans all orientations, but, as in most of SESN's networks, one scale."""
-    return group_size if group == "rotation" else 1
 
 
 # ------------------------------------------------- the structure removed (section 4 of the paper)
@@ -393,11 +388,14 @@ def make_encoder(backbone, group, group_size, widths, image_shape, kernel_size=7
                  scale_step=1.41, extent=None, padding="zeros"):
     """The encoder by its name, "mnist" or "residual", for images of image_shape = (C, H) and H = W.
 
-    structure "none" gives the untied network with the same activations. Other arguments: see
-    `MNISTBackbone`. Raises a ValueError where these do not fit each other.
+    structure is "group", or "none" for the untied network with the same activations. Other
+    arguments: see `MNISTBackbone`. Raises a ValueError where these do not fit each other.
     """
     in_channels, side = image_shape
-    network = {"mnist": MNISTBackbone, "residual": ResidualBackbone}[backbone]
+    if backbone not in ("mnist", "residual") or structure not in ("group", "none"):
+        raise ValueError(f"there is no backbone {backbone!r} with structure {structure!r}, only "
+                         "mnist and residual, with group and none")
+    network = MNISTBackbone if backbone == "mnist" else ResidualBackbone
     if kernel_size > side or side % network.stride:
         raise ValueError(f"images are {side} pixels wide, but the encoder needs a multiple of "
                          f"{network.stride} that is not below the kernel's {kernel_size}")

@@ -17,9 +17,9 @@ def nt_xent(h1, h2, temperature=0.1):
 
     Each of the 2N projections is classified against the other 2N - 1 with logits cos/τ, its
     partner being right. When torch.distributed is initialised, h1 and h2 are this process's
-    share, and the candidates are those of all R processes. The mean over processes of the
-    value, and of the gradients, which DistributedDataParallel takes, is then that of one
-    process with the whole batch.
+    share, and the candidates are those of all R processes. Averaged over processes, as
+    DistributedDataParallel averages gradients, loss and gradients are those of one process with
+    the whole batch.
 
     Args:
         h1, h2: (N, D), projections of the two views, row i of both from image i; the same N on
@@ -41,12 +41,13 @@ def nt_xent(h1, h2, temperature=0.1):
         candidates = AllGather.apply(h)    # (R·2N, D)
         first = dist.get_rank() * 2 * n
     self_index = first + torch.arange(2 * n, device=h.device)    # each projection's own row
-    partner_index = self_index.roll(n)    # h1's partners are h2's, and h2's are h1's
+    # Row i of h1 and row i of h2 are partners: n rows apart, around the 2n.
+    partner_index = self_index.roll(n)
     loss = 0.0
     with torch.autocast(h.device.type, enabled=False):
-        # One view after the other takes half the memory.
+        # One view after the other takes less memory.
         for view in (slice(0, n), slice(n, 2 * n)):
-            logits = h[view] / temperature @ candidates.T    # (N, R·2N): cos/τ
+            logits = (h[view] / temperature) @ candidates.T    # (N, R·2N): cos/τ
             logits.scatter_(1, self_index[view, None], float("-inf"))
             loss = loss + F.cross_entropy(logits, partner_index[view]) / 2
     return loss
@@ -67,7 +68,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        # A copy, for others may hold the gradient that came in.
+        # Cloned, because autograd may use the incoming gradient elsewhere.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
@@ -131,9 +132,9 @@ def at_least_float32(h):
 
 
 def check_shapes(*projections):
-    """Raise a ValueError unless all are (N, D) with the same N and D."""
+    """Raise a ValueError unless all are (N, D) with the same N > 0 and D."""
     first = projections[0].shape
     for h in projections:
-        if h.ndim != 2 or h.shape != first:
+        if h.ndim != 2 or h.shape != first or len(h) == 0:
             shapes = ", ".join(str(tuple(h.shape)) for h in projections)
             raise ValueError(f"all projections must be (N, D), alike, but these are {shapes}")

@@ -3,9 +3,10 @@ rank.
 
     python probe.py RUN
 
-reads RUN/checkpoint.pt, which train.py wrote, measures its encoder and the random one that it
-started from, writes RUN/probe.json, and prints the same. The paper calls the linear classifier
-detached: it sends no gradient into the encoder. How it is trained the paper does not say.
+reads RUN/checkpoint.pt, which train.py wrote, measures its encoder, adds what it knows of the
+random one that it started from, writes RUN/probe.json, and prints it. The paper calls the
+linear classifier detached: it sends no gradient into the encoder. How it is trained the paper
+does not say.
 
     python probe.py RUN --features FILE.npz
 
@@ -88,7 +89,8 @@ def load_encoder(folder, device="cpu"):
     checkpoint = read_checkpoint(path)
     settings = checkpoint["settings"]
     try:
-        # The weights that are drawn first do not count, so nor may their random numbers.
+        # The initial weights are overwritten, so drawing them must not advance the caller's
+        # random numbers.
         with torch.random.fork_rng(devices=()):
             encoder = make_encoder(settings)
         encoder.load_state_dict(checkpoint["encoder"])
@@ -129,7 +131,7 @@ def batches(encoder, data, images):
 
 
 def take_statistics(encoder, data, amp="off"):
-    """Let each batch norm take the mean and variance of all training images."""
+    """Let each batch norm take mean and variance, averaged over chunks of the training images."""
     images = data.train_images
     with precision(images.device, amp):
         update_bn(batches(encoder, data, images), encoder)
@@ -152,10 +154,14 @@ def extract(encoder, data, images, grid, amp="off"):
     return torch.cat(features), torch.cat(means)
 
 
+def fixed_order(count):
+    """The indices 0 to count - 1 in an order that is the same in every run."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
 def hold_out(count):
-    """The numbers below count, shuffled alike in every run: a twentieth to hold out, the rest."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    return order.tensor_split([min(2000, math.ceil(count / 20))])
+    """These in two parts: a twentieth, at most 2,000, to hold out, and the rest."""
+    return fixed_order(count).tensor_split([min(2000, math.ceil(count / 20))])
 
 
 def split_training(data):
@@ -218,10 +224,10 @@ def standardise(x, *others):
 
 
 @torch.enable_grad()
-def softmax_regression(x, labels, penalty, start, iterations=1000, tolerance=1e-4):
+def softmax_regression(x, labels, penalty, start, iterations=1000, tolerance=1e-3):
     """Minimise the mean cross-entropy of scores x @ W plus penalty/2 · ‖W‖², from W = start (D, K).
 
-    The objective curves upwards by at least the penalty everywhere, so its minimum is at most
+    The objective is strongly convex with constant penalty, so its minimum is at most
     ‖∇‖²/(2 · penalty) lower. L-BFGS ends once this bound, the gap, is within the tolerance, in
     nats, or after so many iterations. Returns W and the gap.
     """
@@ -259,8 +265,8 @@ def linear_classifier(x, labels, x_test, answers, classes):
     weights = x.new_zeros(x.shape[1], classes)
     least = math.inf
     for penalty in PENALTIES:
-        # Each starts where the stronger one before it ended, and need not be exact.
-        fit, _ = softmax_regression(x[fitted], labels[fitted], penalty, weights, tolerance=1e-3)
+        # Each starts where the stronger one before it ended.
+        fit, _ = softmax_regression(x[fitted], labels[fitted], penalty, weights)
         loss = F.cross_entropy(x[held] @ fit, labels[held]).item()
         if loss > least:
             break
@@ -274,12 +280,12 @@ def linear_classifier(x, labels, x_test, answers, classes):
 
 def measure(x, labels, x_test, answers, classes):
     """top1, neighbours and effective_rank of features, a dict; see `evaluate`."""
-    some = torch.cat(hold_out(len(x)))[:10_000]
-    rank = round(effective_rank(x[some]), 2)
+    sample = fixed_order(len(x))[:10_000]
+    rank = round(effective_rank(x[sample]), 2)
     result = dict(top1=None, neighbours=None, effective_rank=rank)
     if classes:
         result["top1"] = linear_classifier(x, labels, x_test, answers, classes)
-        result["neighbours"] = neighbours(x[some], labels[some], x_test, answers, classes)
+        result["neighbours"] = neighbours(x[sample], labels[sample], x_test, answers, classes)
     return result
 
 
@@ -380,7 +386,7 @@ def probe_run(folder, device, data_dir, cache_dir, features):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     amp = settings["amp"]
     if device != settings["device"]:
-        amp = "off"                             # The run's was chosen for another device.
+        amp = "off"                             # It was chosen for the run's device.
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("PyTorch sees no GPU: use --device cpu")
     torch.backends.fp32_precision = "ieee"      # GPUs would convolve in TF32.

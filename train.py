@@ -3,7 +3,7 @@
     python train.py                                         glyphs, a minute on a laptop's CPU
     torchrun --nproc_per_node=8 train.py --dataset mnist    the paper's configuration
 
-Exit status: 0 finished, 1 diverged, 2 bad input or no room to save.
+Exit status: 0 finished, 1 diverged or nothing was trained, 2 bad input or no room to save.
 
 Letters: B images of this process in a step, C channels, H W space, D numbers per projection, P
 pairs of group elements.
@@ -101,7 +101,7 @@ NUMBERS = {
     "grid": (0, None, "average each map of a view to N x N cells for the head; 0 keeps all"),
     "probe-grid": (0, None, "the same for the detached classifier"),
 }
-# What may change when a run is resumed.
+# Settings that may differ when a run is resumed.
 FREE = "resume out data_dir cache_dir device save_every log_every eval_every".split()
 
 
@@ -143,8 +143,6 @@ def parse(argv=None):
         parser.error("--crop is for --method a-ssl --group translation --structure group")
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA GPU, and PyTorch sees none: take --device cpu")
     if args.amp is None:
         args.amp = "float16" if args.device == "cuda" else "off"
     if args.out is None:
@@ -200,12 +198,10 @@ class BYOL(SimSiam):
 
     def forward(self, x, g1, g2):
         with torch.no_grad():
-            self.ssl_loss(
-                self.target_encoder, self.target_head, self.keep_targets, self.group, x, g1, g2)
+            # No loss here: the targets are the two projections themselves.
+            self.targets = self.ssl_loss(
+                self.target_encoder, self.target_head, pair, self.group, x, g1, g2)
         return super().forward(x, g1, g2)
-
-    def keep_targets(self, h1, h2):
-        self.targets = (h1, h2)
 
     def compare(self, h1, h2):
         return byol(self.predictor(h1), self.predictor(h2), *self.targets)
@@ -213,6 +209,10 @@ class BYOL(SimSiam):
     def after_step(self, step, total, decay=0.99):
         move_target(self.target_encoder, self.encoder, decay, step, total)
         move_target(self.target_head, self.head, decay, step, total)
+
+
+def pair(h1, h2):
+    return h1, h2
 
 
 class Supervised(nn.Module):
@@ -229,23 +229,32 @@ class Supervised(nn.Module):
         return F.cross_entropy(scores.float(), labels)
 
 
-def make_objective(args, encoder, group, data):
-    """Put the method's head and loss behind an encoder. A ValueError where the flags do not fit."""
+def make_objective(args, data):
+    """The group, and the method's encoder, head and loss as one module, on the CPU.
+
+    Raises a ValueError where the settings do not fit each other or the images.
+    """
+    encoder = probe.make_encoder(vars(args))
+    side = args.image_shape[1] // encoder.stride
+    group = make_group(args.group, args.group_size, args.base_space, side, encoder.stride,
+                       args.scale_step, args.padding == "circular", args.crop)
+    # The features of one image tell how wide the head has to be.
     x = data.batch(data.train_images[:1].cpu(), torch.tensor([0]))
-    side = x.shape[-1] // encoder.stride
     if args.crop:
         x = group.T(group.elements[:1], x)
     with torch.no_grad():
         z = encoder.eval()(x)
     encoder.train()
-    if max(args.grid, args.probe_grid) > side:
-        raise ValueError(f"--grid and --probe-grid must be at most {side}, the maps' side")
+    view = group.base(z)
+    if args.grid > view.shape[-1] or args.probe_grid > side:
+        raise ValueError(f"--grid must be at most {view.shape[-1]}, the view's side, and "
+                         f"--probe-grid {side}, the map's")
     if args.method in ("supervised", "frozen"):
         width = readout(z, args.probe_grid).shape[1]
-        return Supervised(encoder, nn.Linear(width, max(1, data.classes)), args.probe_grid)
-
+        classifier = nn.Linear(width, max(1, data.classes))
+        return group, Supervised(encoder, classifier, args.probe_grid)
     objectives = {"nt-xent": SelfSupervised, "simsiam": SimSiam, "byol": BYOL}
-    return objectives[args.objective](args, encoder, group, group.base(z))
+    return group, objectives[args.objective](args, encoder, group, view)
 
 
 def schedule(step, warmup, total):
@@ -273,8 +282,8 @@ def start_processes(args):
     backend = "gloo"
     if args.device == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"each process needs a GPU, and there are {torch.cuda.device_count()}:"
-                             " start fewer processes, or take --device cpu")
+            raise ValueError(f"each process needs a CUDA GPU, and PyTorch sees "
+                             f"{torch.cuda.device_count()}: start fewer, or take --device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True    # shapes stay, so a search is worth it
@@ -358,11 +367,8 @@ def open_log(out, step):
 
 # --------------------------------------------------------------------------------------- training
 
-def prepare(args):
-    """All that comes before the first step, and that bad input can stop."""
-    processes = start_processes(args)
-    rank, local_rank, world, device, patient = processes
-    # The first process may download and decode, then each machine's first, then the others.
+def load_in_turn(args, rank, local_rank, device, patient):
+    """Only the first process downloads and decodes; each machine's first comes next, then all."""
     turn = 2
     if local_rank == 0:
         turn = 1
@@ -372,77 +378,76 @@ def prepare(args):
         if now == turn:
             data = probe.load_data(vars(args), device)
         wait(patient)
-    if args.batch_size > len(data.train_images) and args.method != "frozen":
-        raise ValueError(f"--batch-size {args.batch_size} is more than the "
-                         f"{len(data.train_images)} training images")
-    if args.method == "supervised" and data.classes < 2:
-        raise ValueError("--method supervised needs labels of two classes or more")
-    args.image_shape = list(data.train_images.shape[1:3])
-    args.images_hash = data.digest()
-
-    # Loading may draw random numbers, so the seed is set after it.
-    torch.manual_seed(args.seed)
-    encoder = probe.make_encoder(vars(args))
-    side = args.image_shape[1] // encoder.stride
-    group = make_group(args.group, args.group_size, args.base_space, side, encoder.stride,
-                       args.scale_step, args.padding == "circular", args.crop)
-    objective = make_objective(args, encoder, group, data)
-    optimizer = LARS(objective.parameters(), args.lr, args.momentum, args.weight_decay,
-                     args.trust_coefficient)
-    pairs = torch.zeros(1, 2, dtype=torch.int64)
-    if args.method in ("h-ssl", "a-ssl"):
-        pairs = allowed_pairs(group, args.max_distance)
-
-    found = [None]
-    if rank == 0:
-        found = [find_checkpoint(vars(args))]
-        config = vars(args) | dict(torch=torch.__version__, processes=world)
-        probe.write_whole(f"{args.out}/config.json", json.dumps(config).encode())
-        name = torch.cuda.get_device_name(device) if args.device == "cuda" else "CPU"
-        print(f"{name}: {world} x {args.batch_size // world} images a step, half precision "
-              f"{args.amp}", flush=True)
-        if args.warmup_epochs >= args.epochs and args.method != "frozen":
-            print(f"a warm-up of {args.warmup_epochs:g} of {args.epochs} epochs: the learning rate "
-                  f"never reaches {args.lr}", flush=True)
-    if patient is not None:
-        dist.broadcast_object_list(found, group=patient)
-    return processes, data, group, objective.to(device), optimizer, pairs, found[0]
+    return data
 
 
 def train(args):
     """The whole run. Raises a ValueError or an OSError for bad input, or no room to save."""
-    processes, data, group, objective, optimizer, pairs, checkpoint = prepare(args)
-    rank, local_rank, world, device, patient = processes
-    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
+    # ---- processes, images, encoder, views, optimizer
+    rank, local_rank, world, device, patient = start_processes(args)
+    data = load_in_turn(args, rank, local_rank, device, patient)
     count = len(data.train_images)
-    steps = max(1, count // args.batch_size)    # a last, incomplete batch is left out
     epochs = 0 if args.method == "frozen" else args.epochs
+    if args.batch_size > count and epochs > 0:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {count} training images")
+    if args.method == "supervised" and data.classes < 2:
+        raise ValueError("--method supervised needs labels of two classes or more")
+    args.image_shape = list(data.train_images.shape[1:3])
+    args.images_hash = data.digest()
+    torch.manual_seed(args.seed)    # after loading, which may draw random numbers
+    group, objective = make_objective(args, data)
+    pairs = torch.zeros(1, 2, dtype=torch.int64)    # of no use to frozen and supervised
+    if args.method in ("h-ssl", "a-ssl"):
+        pairs = allowed_pairs(group, args.max_distance)
+    optimizer = LARS(objective.parameters(), args.lr, args.momentum, args.weight_decay,
+                     args.trust_coefficient)
+    path = Path(args.out) / "checkpoint.pt"
+    found = [None]
+    if rank == 0:
+        found = [find_checkpoint(vars(args))]
+        config = vars(args) | dict(torch=torch.__version__, processes=world)
+        probe.write_whole(path.parent / "config.json", json.dumps(config).encode())
+        name = torch.cuda.get_device_name(device) if args.device == "cuda" else "CPU"
+        print(f"{name}: {world} x {args.batch_size // world} images a step, half precision "
+              f"{args.amp}", flush=True)
+        if args.warmup_epochs > epochs > 0:
+            print(f"a warm-up of {args.warmup_epochs:g} of {epochs} epochs: the learning rate "
+                  f"never reaches {args.lr}", flush=True)
+    if patient is not None:
+        dist.broadcast_object_list(found, group=patient)
+    checkpoint = found[0]
+
+    # ---- schedule, half precision
+    objective.to(device)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
+    steps = max(1, count // args.batch_size)    # a last, incomplete batch is left out
     warmup = round(args.warmup_epochs * steps)
     total = epochs * steps
-    step = 0
-    skipped = 0
 
-    # All measures are taken by the first process, on a plain copy of the encoder.
-    plain = copy.deepcopy(objective.encoder)
-    held_out = probe.split_training(data)
+    # ---- all measures are taken by the first process, on a plain copy of the encoder
+    eval_encoder = copy.deepcopy(objective.encoder)
 
-    def look(images):
-        plain.load_state_dict(objective.encoder.state_dict())
-        return probe.evaluate(plain, images, args.probe_grid, args.amp, update_statistics=True)
+    def measure(images):
+        eval_encoder.load_state_dict(objective.encoder.state_dict())
+        return probe.evaluate(eval_encoder, images, args.probe_grid, args.amp, True)
 
     # ---- where to start
+    step = 0
+    skipped = 0
     frozen = None
+    saved = "there is no checkpoint yet"
     if checkpoint is not None:
         objective.load_state_dict(checkpoint["objective"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        frozen = checkpoint["frozen"]
         step = checkpoint["step"]
         skipped = checkpoint["skipped"]
+        frozen = checkpoint["frozen"]
+        saved = f"the last checkpoint is of step {step}"
     elif rank == 0:
-        frozen = look(data)
+        frozen = measure(data)
         if args.eval_every is not None:
-            frozen["held_out"] = look(held_out)
+            frozen["held_out"] = measure(probe.split_training(data))
         print("frozen encoder:", probe.in_words(frozen), flush=True)
     wait(patient)
     model = objective
@@ -452,9 +457,6 @@ def train(args):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
             device_ids = [local_rank]
         model = DistributedDataParallel(model, device_ids)
-
-    path = Path(args.out) / "checkpoint.pt"
-    saved = f"the last checkpoint is of step {step}" if step > 0 else "there is no checkpoint yet"
 
     def save():
         nonlocal saved
@@ -492,9 +494,11 @@ def train(args):
             first = i * args.batch_size + rank * share
             index = order[first:first + share]    # (B,)
             x = data.batch(data.train_images, index)    # (B, C, H, W)
-            inputs = elements[pairs[choice[index]]].unbind(1)    # g1 and g2, (B, ...) each
             if args.method == "supervised":
                 inputs = [data.train_labels[index]]
+            else:
+                drawn = pairs[choice[index]]    # (B, 2): each image's pair
+                inputs = elements[drawn].unbind(1)    # g1 and g2, (B, ...) each
 
             lr = args.lr * schedule(step, warmup, total)
             for parameter_group in optimizer.param_groups:
@@ -516,7 +520,8 @@ def train(args):
             last = i + 1 == steps
             if step % args.log_every == 0 or last:
                 means = mean_over_processes(losses)
-                for k, value in enumerate(means, step + 1 - len(means)):
+                first_step = step - len(means) + 1
+                for k, value in enumerate(means, first_step):
                     if not math.isfinite(value):
                         end(f"the loss is {value} at step {k}; {saved}; try a lower --lr", 1)
                 seconds = time.perf_counter() - start
@@ -525,13 +530,14 @@ def train(args):
                             images_per_second=rate)
                 if rank == 0:
                     if last and args.eval_every and (epoch + 1) % args.eval_every == 0:
-                        line["held_out"] = look(held_out)
+                        line["held_out"] = measure(probe.split_training(data))
                     log.write(json.dumps(line) + "\n")
                 losses = []
                 start = time.perf_counter()
         wait(patient)
         if rank == 0:
-            text = f"epoch {epoch + 1}/{epochs}  loss {means[-1]:.4f}  lr {lr:.4g}  {rate:,.0f} images/s"
+            text = f"epoch {epoch + 1}/{epochs}  loss {means[-1]:.4f}  lr {lr:.4g}"
+            text += f"  {rate:,.0f} images/s"
             if skipped > 0:
                 text += f"  {skipped} steps skipped"
             if "held_out" in line:
@@ -544,8 +550,8 @@ def train(args):
     if total > 0 and skipped == step:
         end("float16 overflowed at every step, so nothing was trained: take another --amp", 1)
     if rank == 0:
-        result = look(data)
-        objective.encoder.load_state_dict(plain.state_dict())
+        result = measure(data)
+        objective.encoder.load_state_dict(eval_encoder.state_dict())
         save()
         probe.write_result(args.out, vars(args), result, frozen, epochs)
         print("trained encoder:", probe.in_words(result))

@@ -44,8 +44,7 @@ import train    # noqa: E402
 from hssl import (ProjectionHead, a_ssl_loss, allowed_pairs, h_ssl_loss, make_group,    # noqa: E402
                   readout)
 from lars import LARS    # noqa: E402
-from layers import (GroupConv2d, PerElement, ResidualBackbone, default_extent,    # noqa: E402
-                    steerable_basis)
+from layers import GroupConv2d, PerElement, ResidualBackbone, steerable_basis    # noqa: E402
 from losses import nt_xent    # noqa: E402
 
 
@@ -227,9 +226,8 @@ def convolution_row(args):
     amp = "float16" if args.device == "cuda" else "off"
     for group, size in (("translation", 1), ("rotation", 4), ("scale", 3)):
         basis = steerable_basis(group, size, 7)
-        extent = default_extent(group, size)
-        layer = GroupConv2d(32, 63, basis, extent, group == "rotation").to(args.device)
-        groups = size if extent == 1 else 1
+        layer = GroupConv2d(32, 63, basis, cyclic=group == "rotation").to(args.device)
+        groups = size if layer.extent == 1 else 1
         conv2d = nn.Conv2d(32 * size, 63 * size, 7, padding=3, groups=groups).to(args.device)
         maps = torch.randn(args.batch_size, 32 * size, 14, 14, device=args.device)
         maps = maps.to(memory_format=torch.channels_last)    # (B, G·C, H, W)

@@ -12,8 +12,7 @@ import data
 import probe
 import train
 from helpers import SMALL, assert_equal, in_processes, log_of, start, status_of, train_here
-from hssl import allowed_pairs, make_group
-from layers import make_encoder
+from hssl import allowed_pairs
 from losses import AllGather, nt_xent
 
 WORLDS = (1, 2, 4)
@@ -54,10 +53,10 @@ def of_train(flags, rank=0, world=1):
     """
     args = train.parse([*SMALL, *flags.split()])
     images = data.glyphs(train=32, test=1)
+    args.image_shape = [1, 28]
     torch.manual_seed(0)
-    encoder = make_encoder("mnist", args.group, args.group_size, args.widths, (1, 28), 5)
-    group = make_group(args.group, args.group_size, args.base_space, 7, 4, crop=args.crop)
-    objective = train.make_objective(args, encoder, group, images).double().eval()
+    group, objective = train.make_objective(args, images)
+    objective.double().eval()
     pairs = allowed_pairs(group)
     pairs = pairs[torch.randint(len(pairs), (32,))]
     share = torch.arange(32).chunk(world)[rank]

@@ -260,5 +260,5 @@ def test_the_losses_refuse_too(loss, group, count, side):
         loss(f, readout, nt_xent, group, x, g1, g2)
     with pytest.raises(ValueError, match="must be"):
         loss(nn.AvgPool2d(4), readout, nt_xent, group, x, g1, g2)
-    with pytest.raises(ValueError, match="a view must be"):
+    with pytest.raises(ValueError, match="features must be"):
         readout(nn.AvgPool2d(4)(x), 2)

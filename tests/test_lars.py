@@ -152,7 +152,7 @@ def test_with_a_gradient_scaler():
             plain_optimizer.step()
         for p, q in zip(plain, scaled):
             assert torch.equal(p, q)
-            assert torch.equal(plain_optimizer.state[p]["momentum"], optimizer.state[q]["momentum"])
+            assert torch.equal(plain_optimizer.state[p]["m"], optimizer.state[q]["m"])
     assert scaler.get_scale() == 2.0**15
 
 

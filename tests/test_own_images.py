@@ -89,6 +89,21 @@ def test_val_goes_before_test_which_is_named(tmp_path, capsys):
     assert "not used, though they hold images: ['test']" in capsys.readouterr().out
 
 
+def test_folders_that_differ_only_in_case(tmp_path, capsys):
+    """One of them is used, and the other is named."""
+    names = ["train/a/0.png", "train/b/1.png", "val/a/2.png", "Train/a/3.png", "Val/b/4.png"]
+    d = load(tree(tmp_path / "own", *names))
+    assert sorted(all_files(d)) == sorted(names[:3])
+    assert "not used, though they hold images: ['Train', 'Val']" in capsys.readouterr().out
+
+
+def test_annotations_are_of_the_test_images_alone(tmp_path):
+    own = tree(tmp_path / "own", "train/a/1.png", "train/b/1.png", "val/images/1.png")
+    (own / "val" / "val_annotations.txt").write_text("1.png\ta\t0\t0\n\nodd\n")
+    d = load(own)
+    assert labels_of_files(d) == {"train/a/1.png": 0, "train/b/1.png": 1, "val/images/1.png": 0}
+
+
 def test_a_class_called_like_a_split(tmp_path):
     names = ["train/train/0.png", "train/val/1.png", "val/val/2.png", "val/train/3.png"]
     d = load(tree(tmp_path / "own", *names))

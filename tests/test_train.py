@@ -16,8 +16,6 @@ import data
 import probe
 import train
 from helpers import ROOT, assert_equal, draw_few_glyphs, log_of, status_of, train_here
-from hssl import make_group
-from layers import make_encoder
 from losses import byol, move_target
 
 pytestmark = pytest.mark.usefixtures("few_glyphs")
@@ -176,10 +174,10 @@ def test_every_method_trains(flags, tmp_path):
 def test_byol_compares_with_the_target():
     """Predictions by the online networks, targets by the others, which get no gradient."""
     args = train.parse("--objective byol --group rotation --widths 2 3 4".split())
-    encoder = make_encoder("mnist", "rotation", 4, args.widths, (1, 28))
-    group = make_group("rotation", 4, 1, 7, 4)
+    args.image_shape = [1, 28]
     images = data.glyphs()
-    objective = train.make_objective(args, encoder, group, images).eval()
+    group, objective = train.make_objective(args, images)
+    encoder = objective.eval().encoder
     for parameter in objective.target_encoder.parameters():
         nn.init.normal_(parameter)
     x = images.batch(images.train_images, torch.arange(8))
