@@ -294,7 +294,8 @@ def caption(runs, name, budget):
         versions.append(run["torch"])
         commits.append(commit)
     parts = [" or ".join(sorted(set(found))) for found in (machines, versions, commits)]
-    return f"Table {name}, budget {budget}: {parts[0]}; torch {parts[1]}; commit {parts[2]}."
+    where = "" if budget == "cpu" else f" at budget {budget}"
+    return f"Table {name}{where}: {parts[0]}; torch {parts[1]}; commit {parts[2]}."
 
 
 def table(name, part=None, budget="cpu"):

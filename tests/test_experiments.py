@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import data
+import hssl
 import probe
 import report
 import simclr
@@ -55,9 +56,13 @@ def test_train_takes_every_listed_run(budget, name, row, tmp_path, monkeypatch):
     args.out = str(tmp_path / "run")
     if flags.startswith("experiments/simclr.py"):
         simclr.prepare(args)
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert config["method"] == args.method
     else:
-        train.prepare(args)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["method"] == args.method
+        args.image_shape = [channels, side]
+        group, _ = train.make_objective(args, few)
+        if args.method != "supervised":
+            assert len(hssl.allowed_pairs(group, args.max_distance)) > 0
 
 
 def test_rows_differ_by_what_their_names_say():

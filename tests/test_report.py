@@ -77,7 +77,7 @@ def test_a_table_with_two_methods(results):
         runs.append(make_run("h-ssl", seed, 50 + seed, 53 + seed, training_seconds=7201))
     results("mine", runs)
     assert report.table("mine") == "\n".join([
-        "Table mine, budget cpu: m; torch t; commit c.",
+        "Table mine: m; torch t; commit c.",
         "",
         "| encoder | n | epochs | time | linear | neighbours | rank |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -149,7 +149,7 @@ def test_a_run_that_was_started_by_hand(results, tmp_path):
     assert "machine not recorded; torch t; commit not recorded." in text
     assert "| scale h-ssl | 1 | 2 | 16 s | 50.00 → 60.00 |" in text
     (folder / "run.json").write_text(json.dumps(dict(machine="m", commit="c")))
-    assert "Table mine, budget cpu: m; torch t; commit c." in report.table("mine")
+    assert "Table mine: m; torch t; commit c." in report.table("mine")
 
 
 def test_a_table_without_results(monkeypatch, capsys):
