@@ -174,25 +174,19 @@ def relu_first_and_contiguous(encoder):
     return contiguous(relu_first(encoder))
 
 
-def precisions(device):
-    if device == "cuda":
-        return ("off", "bfloat16", "float16")
-    return ("off", "bfloat16")
-
-
 def in_words(amp):
     return "float32" if amp == "off" else amp
 
 
 def step_row(args):
     for group in ("translation", "rotation", "scale"):
-        for amp in precisions(args.device):
+        for amp in args.amp:
             title = f"A-SSL / H-SSL, {group}, {in_words(amp)}"
             yield title, Step(args, "a-ssl", group, amp), Step(args, "h-ssl", group, amp)
 
 
 def form_row(args):
-    for amp in precisions(args.device):
+    for amp in args.amp:
         ours = Step(args, "h-ssl", "translation", amp)
         for name, change in [
             ("ReLU before pooling", relu_first),
@@ -387,6 +381,8 @@ def main(argv=None):
                         help="what to measure (all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a GPU)")
     parser.add_argument("--batch-size", type=int, help="images a step (cuda: 4096, cpu: 64)")
+    parser.add_argument("--amp", nargs="+", choices=("off", "bfloat16", "float16"),
+                        help="precisions of step and form (off, bfloat16; cuda: float16 as well)")
     parser.add_argument("--repeats", type=int, help="of each side (cuda: 3, cpu: 5)")
     parser.add_argument("--results", type=Path, default=ROOT / "experiments/results",
                         help="folder of the JSON file (experiments/results)")
@@ -399,6 +395,10 @@ def main(argv=None):
         args.batch_size = 4096 if args.device == "cuda" else 64
     if args.repeats is None:
         args.repeats = 3 if args.device == "cuda" else 5
+    if args.amp is None:
+        args.amp = ["off", "bfloat16"]
+        if args.device == "cuda":
+            args.amp.append("float16")
     if args.batch_size < 2 or args.repeats < 1:
         parser.error("--batch-size must be at least 2, and --repeats 1")
 

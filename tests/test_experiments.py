@@ -19,8 +19,11 @@ from helpers import SMALL, draw_few_glyphs, train_here
 LISTED = [(budget, name, row) for budget in tables.TABLES for name in tables.TABLES[budget]
           for row in tables.TABLES[budget][name]]
 # Those of earlier forms of the tables have no "dirty".
-CURRENT = [path for path in report.RESULTS.glob("*-*.json")
-           if all("dirty" in run for run in json.loads(path.read_text())["runs"])]
+CURRENT = []
+for path in sorted(report.RESULTS.glob("*-*.json")):
+    runs = json.loads(path.read_text()).get("runs", [])
+    if runs and all("dirty" in run for run in runs):
+        CURRENT.append(path)
 
 
 def settings(flags):

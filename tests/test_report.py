@@ -9,7 +9,8 @@ import pytest
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted(report.RESULTS.glob("*-*.json"))
+FILES = [path for path in sorted(report.RESULTS.glob("*-*.json"))
+         if "runs" in json.loads(path.read_text())]
 
 
 # ----------------------------------------------------------------------------- statistics
