@@ -86,13 +86,14 @@ def load(name, folder="datasets", cache_dir="datasets", device="cpu", train_imag
     "glyphs" is drawn on the spot; "mnist", "cifar10" and "tiny-imagenet" are downloaded into the
     folder when absent; "folder" is your own images, image_size pixels (64) wide and high.
 
-    validate training images are held out in place of the test split, the same for every seed. Of
-    the rest, or of all, train_images are drawn by seed. Both keep their order.
+    validate: this many training images, the same for every seed, replace the test split.
+    train_images: this many of the rest are used (None: all), drawn by seed. The order stays.
 
-    The images of the last two are decoded into one tensor, which has to fit in memory (twice, while
-    they are decoded), and kept as CACHE_DIR/NAME-HASH.pt. The hash is over all that the pixels
-    depend on, so what was made from images that have changed is never opened again. Old files are
-    to be deleted by hand. A killed program may leave a folder tmp... there; it can be deleted.
+    The images of "tiny-imagenet" and "folder" are decoded into one tensor, which has to fit in
+    memory (twice, while they are decoded), and kept as CACHE_DIR/NAME-HASH.pt. The hash is over
+    all that the pixels depend on, so what was made from images that have changed is never
+    opened again. Old files are to be deleted by hand. A killed program may leave a folder
+    tmp... there; it can be deleted.
 
     Raises a ValueError or OSError of one line for an unknown name, files that cannot be downloaded,
     read or written, too few images, or an image_size for another data set.
@@ -131,16 +132,12 @@ def load(name, folder="datasets", cache_dir="datasets", device="cpu", train_imag
         whole = fields[f"train_{kind}"]
         if held_out:
             fields[f"test_{kind}"] = whole[test_index]
-        if keep < total:  # otherwise the images stay mapped, uncopied
+        if len(train_index) < total:  # otherwise the images stay mapped, uncopied
             fields[f"train_{kind}"] = whole[train_index]
     for key, value in fields.items():
         if torch.is_tensor(value):
             fields[key] = value.to(device)
     return Dataset(**fields)
-
-
-def _in_one_line(error):
-    return " ".join(f"{type(error).__name__} {error}".split())
 
 
 # ------------------------------------------------------------------ data sets that are downloaded
@@ -153,7 +150,7 @@ def _downloading(name, folder, files):
     try:
         yield
     except Exception as error:  # no network, no room, a damaged archive: it can fail in any way
-        raise ValueError(f"cannot download or read {name} ({_in_one_line(error)}): another program "
+        raise ValueError(f"cannot download or read {name} ({error!r}): another program "
                          f"may be extracting it, then start again; otherwise put {files} into "
                          f"{folder}") from None
     finally:
@@ -203,7 +200,7 @@ def tiny_imagenet(folder, cache_dir):
 
 
 # ----------------------------------------------------------------------- image files, decoded once
-def image_folder(folder, cache_dir, side=64):
+def image_folder(folder, cache_dir, side):
     """Images in one of LAYOUTS, resized and cropped to C x side x side; C is 1 if all are grey.
 
     The test split is the folder val, valid, validation or test, in any case. Without one, about a
@@ -222,18 +219,20 @@ def image_folder(folder, cache_dir, side=64):
 
     parents = {parts[0] for parts in files if len(parts) > 1}
     parent_of_split = {}
-    for parent in sorted(parents, reverse=True):  # train before Train
+    for parent in sorted(parents, reverse=True):  # where both are there, train and not Train
         parent_of_split.setdefault(parent.lower(), parent)
     splits = []
     class_names = []
     if "train" in parent_of_split:
+        # The training folder and the first test folder; others are not used.
         splits = [parent_of_split[name] for name in SPLITS if name in parent_of_split][:2]
         unused = sorted(parents.difference(splits))
         if unused:
             print(f"{folder}: not used, though they hold images: {unused}")
         files = [parts for parts in files if parts[0] in splits]
-        class_names = {parts[1] for parts in files if parts[0] == splits[0] and len(parts) > 2}
-        class_names = sorted(class_names)
+        named = {parts[1] for parts in files if parts[0] == splits[0] and len(parts) > 2}
+        class_names = sorted(named)
+    # A folder that cannot be listed matters if it is used, or could be the missing test folder.
     for error in errors:
         if not splits:
             raise error
@@ -245,8 +244,8 @@ def image_folder(folder, cache_dir, side=64):
     annotations = folder.joinpath(*splits[1:], "val_annotations.txt")
     if annotations.exists():
         for line in annotations.read_text(encoding="utf-8-sig").splitlines():
-            words = line.split("\t")
-            class_of_test_file[words[0]] = words[min(1, len(words) - 1)]
+            name, _, rest = line.partition("\t")
+            class_of_test_file[name] = rest.split("\t")[0]
 
     label_of_class = {name: label for label, name in enumerate(class_names)}
     rows = []
@@ -276,7 +275,7 @@ def image_folder(folder, cache_dir, side=64):
     try:
         images, rows, mean, std, report = torch.load(cache, mmap=True, weights_only=True)
     except Exception as error:
-        raise ValueError(f"cannot read {cache} ({_in_one_line(error)}): with another cache folder, "
+        raise ValueError(f"cannot read {cache} ({error!r}): with another cache folder, "
                          "it is made anew") from None
     is_test, _, paths, labels, _, _ = zip(*rows)
     files = np.array(paths)
@@ -343,7 +342,7 @@ def _decode(path, side):
         if not path.is_file():  # a named pipe would wait for ever
             return "not a regular file"
         with Image.open(path) as image:
-            image.load()  # turns a TIFF by itself, and reads metadata that come behind the pixels
+            image.load()  # turns a TIFF by itself, and reads metadata that follow the pixels
             orientation = image.getexif().get(EXIF_ORIENTATION)
             if orientation in range(2, 9):
                 image = image.transpose(Image.Transpose[UPRIGHT[orientation - 2]])
@@ -356,7 +355,7 @@ def _decode(path, side):
             image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
             return np.asarray(image).transpose(2, 0, 1)
     except Exception as error:  # a file can make it fail in any way
-        return _in_one_line(error)
+        return repr(error)
 
 
 # ------------------------------------------------------------------------------------------- glyphs
@@ -381,7 +380,7 @@ def glyphs(train=10_000, test=2_000, seed=0):
     count = train + test
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(GLYPHS), (count,), generator=generator)
-    weight = torch.randint(4, (count,), generator=generator)
+    stroke = torch.randint(4, (count,), generator=generator)
     random = torch.rand(4, count, generator=generator)
     angle = 2 * np.pi * random[0]
     size = 0.65 + 0.35 * random[1]
@@ -391,7 +390,7 @@ def glyphs(train=10_000, test=2_000, seed=0):
     matrix = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
     matrix = matrix.view(-1, 2, 2) / size[:, None, None]
     affine = torch.cat([matrix, matrix @ -shift[:, :, None]], 2)  # (count, 2, 3)
-    images = pictures[labels * 4 + weight]
+    images = pictures[labels * 4 + stroke]
     grid = F.affine_grid(affine, images.shape, align_corners=False)
     images = F.grid_sample(images, grid, align_corners=False)
     images = images + 0.1 * torch.randn(images.shape, generator=generator)

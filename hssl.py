@@ -30,7 +30,7 @@ from torch import nn
 def equivariance_error(f, group, x, elements=None, on_base=False):
     """How far Eq. (1) is from holding: ‖f(T_g x) - Γ_g f(x)‖ / ‖Γ_g f(x)‖ for each g, (M,).
 
-    0 up to rounding is exact; unrelated features whose mean is 0 give about √2.
+    0, up to rounding, where it holds exactly; about √2 for unrelated features of mean 0.
 
     Args:
         f: any function of images (B, C, H, W) to features (B, C', G, H', W'), in evaluation mode.
@@ -212,7 +212,7 @@ class Rotation:
     orientations.
 
     Γ_g moves the fibers along the orientation axis, which is cyclic, and turns the map.
-    Distance: steps on the circle. A ValueError if base_size is not 1 to the number of
+    Distance: steps on the circle. Raises a ValueError if base_size is not 1 to the number of
     orientations.
     """
 
@@ -273,6 +273,8 @@ class Scale:
         self.scales = scales
         self.step = step
         self.base_size = base_size
+        # The base space of Γ_g z is z's scales from first - g on, and they exist while
+        # 0 <= first - g <= scales - base_size.
         self.first = (scales - base_size) // 2
         self.limits = (self.first + base_size - scales, self.first)
         self.elements = torch.arange(self.limits[0], self.limits[1] + 1)    # (M,)
@@ -427,7 +429,7 @@ def crop(x, corner, size, margin=0, circular=False):
         columns = columns % width
     index = rows[:, :, None] * width + columns[:, None, :]    # (B, h, w)
     window = gather_positions(x, index.flatten(1))
-    return window.unflatten(2, tuple(size))
+    return window.unflatten(2, size)
 
 
 def rotate(x, g, orientations, outside="zeros"):
@@ -437,12 +439,13 @@ def rotate(x, g, orientations, outside="zeros"):
     outside: see `warp`.
     """
     side = x.shape[-1]
-    quarters = 4 * g // orientations % 4
-    remainder = 4 * g % orientations
+    # g is 4g/G quarter turns: whole ones, and a remainder in parts of 1/G.
+    quarters = (4 * g // orientations) % 4
+    remainder = (4 * g) % orientations
     positions = torch.arange(side * side, device=x.device).view(side, side)
     turns = torch.stack([positions.rot90(k).flatten() for k in range(4)])    # (4, H·H)
     x = gather_positions(x, turns.index_select(0, quarters)).unflatten(2, (side, side))
-    if 4 % orientations == 0:
+    if 4 % orientations == 0:    # 1, 2 or 4 orientations leave no remainder
         return x
     angle = remainder.double() * (math.pi / 2 / orientations)
     cos = angle.cos()
@@ -467,13 +470,10 @@ def warp(x, matrix, outside):
     outside: what lies beyond: "zeros" for images, "border" for features, which go on as at the
     border.
     """
-    # Half precision would be too coarse for positions, so autocast must not see a matrix product.
     matrix = matrix.to(torch.promote_types(x.dtype, torch.float32))
-    height, width = x.shape[-2:]
-    row = torch.arange(1 - height, height, 2, device=x.device, dtype=matrix.dtype) / height
-    column = torch.arange(1 - width, width, 2, device=x.device, dtype=matrix.dtype) / width
-    from_column = matrix[:, :, 0, None, None] * column
-    from_row = matrix[:, :, 1, None, None] * row[:, None]
-    grid = (from_column + from_row).movedim(1, -1)    # (B, H, W, 2), -1 to 1
+    affine = F.pad(matrix, (0, 1))    # (B, 2, 3): no shift
+    # Half precision would be too coarse for positions.
+    with torch.autocast(x.device.type, enabled=False):
+        grid = F.affine_grid(affine, x.shape, align_corners=False)    # (B, H, W, 2), -1 to 1
     warped = F.grid_sample(x.to(grid.dtype), grid, padding_mode=outside, align_corners=False)
     return warped.to(x.dtype)

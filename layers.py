@@ -74,8 +74,8 @@ def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=0
     if effective_size < 1:
         raise ValueError(f"effective_size is {effective_size}, but must be at least 1")
     if not (0 < sigma < math.inf and 1 < scale_step < math.inf):
-        raise ValueError(f"sigma is {sigma} and scale_step {scale_step}, but they must be finite, "
-                         "and above 0 and 1")
+        raise ValueError(f"sigma is {sigma} and scale_step {scale_step}: both must be finite, "
+                         "sigma above 0, scale_step above 1")
 
     t = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
     y, x = torch.meshgrid(t, t, indexing="ij")    # rows point down
@@ -95,7 +95,7 @@ def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=0
         if group == "scale":
             width = sigma * scale_step**i
             shrunk = kernel_size / scale_step ** (group_size - 1 - i)
-            window = int(shrunk) // 2 * 2 + 1
+            window = int(shrunk) // 2 * 2 + 1    # odd, rounded as SESN does
         inside = torch.maximum(x.abs(), y.abs()) <= window // 2
         for n, m in hermite_orders(group, effective_size):
             function = hermite_gaussian(u, n, width) * hermite_gaussian(v, m, width)
@@ -232,7 +232,8 @@ class PerElement(nn.Sequential):
 # -------------------------------------------------------------------------------------- backbones
 
 class Backbone(nn.Sequential):
-    """(B, in_channels, H, W) -> (B, widths[-1], G, H/4, W/4). A ValueError for other sides."""
+    """(B, in_channels, H, W) -> (B, widths[-1], G, H/4, W/4). Raises a ValueError for other
+    sides."""
     stride = 4
 
     def forward(self, x):
@@ -246,8 +247,8 @@ class Backbone(nn.Sequential):
 class MNISTBackbone(Backbone):
     """SESN's MNIST network, lifted: three stages of convolution, 2x2 max-pool, ReLU, batch norm.
 
-    In SESN ReLU comes before the pooling, which is the same function and has the same gradients,
-    for max(ReLU(x)) = ReLU(max(x)); after it there is a quarter of the work. The third stage does
+    In SESN ReLU comes before the pooling, which is the same function with the same gradients, as
+    max(ReLU(x)) = ReLU(max(x)); after the pooling it is a quarter of the work. The third stage does
     not pool (in SESN it does), so that 28x28 images keep a 7x7 map for views to move in. Pooling,
     not striding: 2x2 pooling of an even map commutes with quarter turns.
 

@@ -1,7 +1,7 @@
 """The objectives I that compare two views: NT-Xent, then SimSiam and BYOL, which need no negatives.
 
-All give the same gradient on one process as on many. Letters: N images of this process, R
-processes, D numbers per projection.
+Averaged over processes, gradients are those of one process with the whole batch, where batch norm
+is synchronised. Letters: N images of this process, R processes, D numbers per projection.
 """
 import math
 

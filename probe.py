@@ -3,8 +3,8 @@ rank.
 
     python probe.py RUN
 
-reads RUN/checkpoint.pt, which train.py wrote, measures its encoder, adds what it knows of the
-random one that it started from, writes RUN/probe.json, and prints it. The paper calls the
+reads RUN/checkpoint.pt, which train.py wrote, measures its encoder, adds the measures of the
+random encoder that it started from, writes RUN/probe.json, and prints it. The paper calls the
 linear classifier detached: it sends no gradient into the encoder. How it is trained the paper
 does not say.
 
@@ -78,7 +78,7 @@ def make_encoder(settings):
     return layers.make_encoder(**{name: settings[name] for name in ENCODER_SETTINGS})
 
 
-def load_encoder(folder, device="cpu"):
+def load_encoder(folder):
     """The trained encoder of a run's folder, in evaluation mode, and the run's settings, a dict.
 
     It takes images (B, C, H, W) as `data.Dataset.batch` normalises them, and gives features
@@ -97,7 +97,7 @@ def load_encoder(folder, device="cpu"):
     except Exception as error:
         # Foreign settings and states can fail in any way, too.
         raise ValueError(f"{path} does not fit this program: {error!r:.200}") from None
-    return encoder.eval().to(device), settings
+    return encoder.eval(), settings
 
 
 def load_data(settings, device, data_dir=None, cache_dir=None):
@@ -244,6 +244,7 @@ def softmax_regression(x, labels, penalty, start, iterations=1000, tolerance=1e-
         return loss
 
     for _ in range(0, iterations, 10):
+        # A step is ten iterations; then comes the gradient at its end.
         optimizer.step(objective)
         objective()
         gap = weights.grad.square().sum().item() / (2 * penalty)

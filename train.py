@@ -5,8 +5,7 @@
 
 Exit status: 0 finished, 1 diverged or nothing was trained, 2 bad input or no room to save.
 
-Letters: B images of this process in a step, C channels, H W space, D numbers per projection, P
-pairs of group elements.
+Letters: B images of this process in a step, C channels, H W space, D numbers per projection.
 """
 import argparse
 import copy
@@ -59,8 +58,8 @@ GROUPS = {
 }
 
 
-# What a flag may be, its default, and what it means. A default of None is in the tables above, or
-# what stands in brackets.
+# What a flag may be, its default, and what it means. Where it is None, the default is in the
+# tables above, or in brackets.
 CHOICES = {
     "dataset": (DATASETS, "glyphs", "drawn, downloaded, or your own (folder)"),
     "method": (["h-ssl", "a-ssl", "frozen", "supervised"], "h-ssl",
@@ -267,7 +266,7 @@ def schedule(step, warmup, total):
 # --------------------------------------------------------------------------------- the processes
 
 def start_processes(args):
-    """One process under python, several under torchrun.
+    """One process under python, several under torchrun, on GPUs with synchronised batch norm.
 
     Returns the rank, the rank on this machine, the number of processes, the device, and a group of
     all processes that waits for a day, for what the first process does alone.
@@ -317,11 +316,8 @@ def mean_over_processes(losses):
 
 
 def end(message, status):
-    """End the program with one line; under torchrun it names the process."""
-    name = "train.py"
-    if "RANK" in os.environ:
-        name = f"train.py (process {os.environ['RANK']})"
-    print(f"{name}:", *str(message).split(), file=sys.stderr)
+    """End the program with one line."""
+    print("train.py:", *str(message).split(), file=sys.stderr)
     sys.exit(status)
 
 
@@ -338,7 +334,8 @@ def find_checkpoint(settings):
     if names and not settings["resume"]:
         raise ValueError(f"{out} is not empty: continue it with --resume, or take another --out")
     if "checkpoint.pt" not in names:
-        if not names <= {"config.json", "log.jsonl", "checkpoint.pt.tmp", "log.jsonl.tmp"}:
+        written = {name.removesuffix(".tmp") for name in names}
+        if not written <= {"config.json", "log.jsonl", "checkpoint.pt"}:
             raise ValueError(f"{out} holds other files, but no checkpoint.pt: take another --out")
         return None
     checkpoint = probe.read_checkpoint(out / "checkpoint.pt")
@@ -427,9 +424,9 @@ def train(args):
     # ---- all measures are taken by the first process, on a plain copy of the encoder
     eval_encoder = copy.deepcopy(objective.encoder)
 
-    def measure(images):
+    def measure(dataset):
         eval_encoder.load_state_dict(objective.encoder.state_dict())
-        return probe.evaluate(eval_encoder, images, args.probe_grid, args.amp, True)
+        return probe.evaluate(eval_encoder, dataset, args.probe_grid, args.amp, True)
 
     # ---- where to start
     step = 0
