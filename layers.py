@@ -73,9 +73,9 @@ def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=0
         effective_size = 5 if group == "rotation" else 3
     if effective_size < 1:
         raise ValueError(f"effective_size is {effective_size}, but must be at least 1")
-    if not (0 < sigma < math.inf and 1 < scale_step < math.inf):
-        raise ValueError(f"sigma is {sigma} and scale_step {scale_step}: both must be finite, "
-                         "sigma above 0, scale_step above 1")
+    if not (0 < sigma < math.inf and 1 < scale_step < 100):
+        raise ValueError(f"sigma is {sigma} and scale_step {scale_step}, but sigma must be finite "
+                         "and above 0, scale_step above 1 and below 100")
 
     t = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
     y, x = torch.meshgrid(t, t, indexing="ij")    # rows point down
