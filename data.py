@@ -208,6 +208,8 @@ def image_folder(folder, cache_dir, side):
     others come. The same hash gives the order. A class is what val/val_annotations.txt (of Tiny
     ImageNet) says, or else a folder above the image. Errors as for `load`.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}: expected one with {LAYOUTS}")
     files = []
     errors = []
     for parent, folders, names in os.walk(folder, onerror=errors.append):
