@@ -306,13 +306,13 @@ def wait(patient):
         dist.barrier(patient)
 
 
-def mean_over_processes(losses):
-    """Losses of this process -> a list of their means over all processes."""
-    losses = torch.stack(losses)
+def mean_over_processes(loss):
+    """A loss of this process, a scalar -> the mean over all processes, a number."""
+    mean = loss.detach().clone()
     if dist.is_initialized():
-        dist.all_reduce(losses)
-        losses /= dist.get_world_size()
-    return losses.tolist()
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean.item()
 
 
 def end(message, status):
@@ -366,11 +366,7 @@ def open_log(out, step):
 
 def load_in_turn(args, rank, local_rank, device, patient):
     """Only the first process downloads and decodes; each machine's first comes next, then all."""
-    turn = 2
-    if local_rank == 0:
-        turn = 1
-    if rank == 0:
-        turn = 0
+    turn = min(rank, 1) + min(local_rank, 1)    # 0, 1 or 2
     for now in range(3):
         if now == turn:
             data = probe.load_data(vars(args), device)
@@ -485,7 +481,7 @@ def train(args):
     share = args.batch_size // world
     for epoch in range(step // steps, epochs):
         order, choice = datasets.epoch_plan(count, len(pairs), args.seed, epoch, device)
-        losses = []
+        logged_step = step
         start = time.perf_counter()
         for i in range(steps):
             first = i * args.batch_size + rank * share
@@ -513,27 +509,24 @@ def train(args):
                 objective.after_step(step, total)
             step += 1
 
-            losses.append(loss.detach())
             last = i + 1 == steps
             if step % args.log_every == 0 or last:
-                means = mean_over_processes(losses)
-                first_step = step - len(means) + 1
-                for k, value in enumerate(means, first_step):
-                    if not math.isfinite(value):
-                        end(f"the loss is {value} at step {k}; {saved}; try a lower --lr", 1)
-                seconds = time.perf_counter() - start
-                rate = round(len(means) * args.batch_size / seconds, 1)
-                line = dict(epoch=epoch + 1, step=step, loss=means[-1], lr=lr, skipped=skipped,
+                mean = mean_over_processes(loss)
+                if not math.isfinite(mean):
+                    end(f"the loss is {mean} at step {step}; {saved}; try a lower --lr", 1)
+                images = (step - logged_step) * args.batch_size
+                rate = round(images / (time.perf_counter() - start), 1)
+                line = dict(epoch=epoch + 1, step=step, loss=mean, lr=lr, skipped=skipped,
                             images_per_second=rate)
                 if rank == 0:
                     if last and args.eval_every and (epoch + 1) % args.eval_every == 0:
                         line["held_out"] = measure(probe.split_training(data))
                     log.write(json.dumps(line) + "\n")
-                losses = []
+                logged_step = step
                 start = time.perf_counter()
         wait(patient)
         if rank == 0:
-            text = f"epoch {epoch + 1}/{epochs}  loss {means[-1]:.4f}  lr {lr:.4g}"
+            text = f"epoch {epoch + 1}/{epochs}  loss {mean:.4f}  lr {lr:.4g}"
             text += f"  {rate:,.0f} images/s"
             if skipped > 0:
                 text += f"  {skipped} steps skipped"
