@@ -54,6 +54,13 @@ def write_whole(path, content):
         raise OSError(f"cannot write {path}, whose old content still stands: {error}") from None
 
 
+def write_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain values by `write_whole`."""
+    content = io.BytesIO()                      # torch.save to a file would hide a full disk.
+    torch.save(checkpoint, content)
+    write_whole(path, content.getvalue())
+
+
 def read_checkpoint(path):
     """Read a checkpoint to the CPU: a dict with at least encoder, a state, and settings, a dict.
 
@@ -78,6 +85,23 @@ def make_encoder(settings):
     return layers.make_encoder(**{name: settings[name] for name in ENCODER_SETTINGS})
 
 
+def encoder_of(checkpoint, path):
+    """The trained encoder of what `read_checkpoint` read from path, in evaluation mode.
+
+    Raises a ValueError, in one line, if it does not fit.
+    """
+    try:
+        # The initial weights are overwritten, so drawing them must not advance the caller's
+        # random numbers.
+        with torch.random.fork_rng(devices=()):
+            encoder = make_encoder(checkpoint["settings"])
+        encoder.load_state_dict(checkpoint["encoder"])
+    except Exception as error:
+        # Foreign settings and states can fail in any way, too.
+        raise ValueError(f"{path} does not fit this program: {error!r:.200}") from None
+    return encoder.eval()
+
+
 def load_encoder(folder):
     """The trained encoder of a run's folder, in evaluation mode, and the run's settings, a dict.
 
@@ -87,17 +111,7 @@ def load_encoder(folder):
     """
     path = f"{folder}/checkpoint.pt"
     checkpoint = read_checkpoint(path)
-    settings = checkpoint["settings"]
-    try:
-        # The initial weights are overwritten, so drawing them must not advance the caller's
-        # random numbers.
-        with torch.random.fork_rng(devices=()):
-            encoder = make_encoder(settings)
-        encoder.load_state_dict(checkpoint["encoder"])
-    except Exception as error:
-        # Foreign settings and states can fail in any way, too.
-        raise ValueError(f"{path} does not fit this program: {error!r:.200}") from None
-    return encoder.eval(), settings
+    return encoder_of(checkpoint, path), checkpoint["settings"]
 
 
 def load_data(settings, device, data_dir=None, cache_dir=None):
@@ -382,7 +396,10 @@ def write_features(path, encoder, data, grid, amp):
 
 def probe_run(folder, device, data_dir, cache_dir, features):
     """What the command does. Raises a ValueError or an OSError, in one line, for bad input."""
-    encoder, settings = load_encoder(folder)
+    path = f"{folder}/checkpoint.pt"
+    checkpoint = read_checkpoint(path)
+    encoder = encoder_of(checkpoint, path)
+    settings = checkpoint["settings"]
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     amp = settings["amp"]
@@ -400,7 +417,6 @@ def probe_run(folder, device, data_dir, cache_dir, features):
         return
 
     result = evaluate(encoder, data, grid, amp, update_statistics=True)
-    checkpoint = read_checkpoint(f"{folder}/checkpoint.pt")
     frozen = checkpoint.get("frozen")
     if not frozen:
         torch.manual_seed(settings["seed"])

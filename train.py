@@ -9,7 +9,6 @@ Letters: B images of this process in a step, C channels, H W space, D numbers pe
 """
 import argparse
 import copy
-import io
 import json
 import math
 import os
@@ -228,15 +227,21 @@ class Supervised(nn.Module):
         return F.cross_entropy(scores.float(), labels)
 
 
+def make_encoder_and_group(args):
+    """The encoder, and the group that moves its features. A ValueError where they do not fit."""
+    encoder = probe.make_encoder(vars(args))
+    side = args.image_shape[1] // encoder.stride
+    group = make_group(args.group, args.group_size, args.base_space, side, encoder.stride,
+                       args.scale_step, args.padding == "circular", args.crop)
+    return encoder, group
+
+
 def make_objective(args, data):
     """The group, and the method's encoder, head and loss as one module, on the CPU.
 
     Raises a ValueError where the settings do not fit each other or the images.
     """
-    encoder = probe.make_encoder(vars(args))
-    side = args.image_shape[1] // encoder.stride
-    group = make_group(args.group, args.group_size, args.base_space, side, encoder.stride,
-                       args.scale_step, args.padding == "circular", args.crop)
+    encoder, group = make_encoder_and_group(args)
     # The features of one image tell how wide the head has to be.
     x = data.batch(data.train_images[:1].cpu(), torch.tensor([0]))
     if args.crop:
@@ -245,6 +250,7 @@ def make_objective(args, data):
         z = encoder.eval()(x)
     encoder.train()
     view = group.base(z)
+    side = args.image_shape[1] // encoder.stride
     if args.grid > view.shape[-1] or args.probe_grid > side:
         raise ValueError(f"--grid must be at most {view.shape[-1]}, the view's side, and "
                          f"--probe-grid {side}, the map's")
@@ -386,7 +392,6 @@ def train(args):
     if args.method == "supervised" and data.classes < 2:
         raise ValueError("--method supervised needs labels of two classes or more")
     args.image_shape = list(data.train_images.shape[1:3])
-    args.images_hash = data.digest()
     torch.manual_seed(args.seed)    # after loading, which may draw random numbers
     group, objective = make_objective(args, data)
     pairs = torch.zeros(1, 2, dtype=torch.int64)    # of no use to frozen and supervised
@@ -397,6 +402,7 @@ def train(args):
     path = Path(args.out) / "checkpoint.pt"
     found = [None]
     if rank == 0:
+        args.images_hash = data.digest()
         found = [find_checkpoint(vars(args))]
         config = vars(args) | dict(torch=torch.__version__, processes=world)
         probe.write_whole(path.parent / "config.json", json.dumps(config).encode())
@@ -468,9 +474,7 @@ def train(args):
             skipped=skipped,
         )
         if rank == 0:
-            content = io.BytesIO()    # torch.save to a file would hide a full disk
-            torch.save(states, content)
-            probe.write_whole(path, content.getvalue())
+            probe.write_checkpoint(path, states)
         saved = f"the last checkpoint is of step {step}"
 
     # ---- training

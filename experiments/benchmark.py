@@ -41,8 +41,7 @@ sys.path.insert(0, str(ROOT))
 import data as datasets    # noqa: E402
 import probe    # noqa: E402
 import train    # noqa: E402
-from hssl import (ProjectionHead, a_ssl_loss, allowed_pairs, h_ssl_loss, make_group,    # noqa: E402
-                  readout)
+from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, h_ssl_loss, readout    # noqa: E402
 from lars import LARS    # noqa: E402
 from layers import GroupConv2d, PerElement, ResidualBackbone, steerable_basis    # noqa: E402
 from losses import nt_xent    # noqa: E402
@@ -122,10 +121,7 @@ class Step:
             "--device", args.device, "--batch-size", str(args.batch_size)])
         settings.image_shape = [1, 28]
         torch.manual_seed(0)
-        encoder = probe.make_encoder(vars(settings))
-        side = 28 // encoder.stride
-        group = make_group(group_name, settings.group_size, settings.base_space, side,
-                           encoder.stride)
+        encoder, group = train.make_encoder_and_group(settings)
         if change is not None:
             encoder = change(encoder)
         with torch.no_grad():

@@ -14,7 +14,6 @@ H W space.
 """
 import argparse
 import copy
-import io
 import json
 import math
 import sys
@@ -30,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data as datasets    # noqa: E402
 import probe    # noqa: E402
 import train    # noqa: E402
-from hssl import ProjectionHead, allowed_pairs, make_group, readout    # noqa: E402
+from hssl import ProjectionHead, allowed_pairs, readout    # noqa: E402
 from lars import LARS    # noqa: E402
-from losses import check_shapes, nt_xent    # noqa: E402
+from losses import at_least_float32, check_shapes, nt_xent    # noqa: E402
 
 
 def augment(x, generator=None):
@@ -74,8 +73,7 @@ def multi_view_nt_xent(*views, temperature=0.1):
     image for a class. For two views it is `nt_xent`. Computed in float32 at least.
     """
     check_shapes(*views)
-    h = torch.cat(views)
-    h = h.to(torch.promote_types(h.dtype, torch.float32))
+    h = at_least_float32(torch.cat(views))
     h = F.normalize(h, dim=1)    # (V·N, D)
     rows = torch.arange(len(h), device=h.device)
     partners = []
@@ -83,7 +81,7 @@ def multi_view_nt_xent(*views, temperature=0.1):
         partners.append(rows.roll(view * len(views[0])))
     partner_index = torch.stack(partners, 1)    # (V·N, V - 1)
     with torch.autocast(h.device.type, enabled=False):
-        logits = h / temperature @ h.T    # (V·N, V·N): cos/τ
+        logits = (h / temperature) @ h.T    # (V·N, V·N): cos/τ
         logits.fill_diagonal_(float("-inf"))
         log_probability = logits.log_softmax(1)
         return -log_probability.gather(1, partner_index).mean()
@@ -160,10 +158,7 @@ def prepare(args):
                          f"{len(data.train_images)} training images")
     args.image_shape = list(data.train_images.shape[1:3])
     torch.manual_seed(args.seed)
-    encoder = probe.make_encoder(vars(args))
-    side = args.image_shape[1] // encoder.stride
-    group = make_group(args.group, args.group_size, args.base_space, side, encoder.stride,
-                       args.scale_step, args.padding == "circular")
+    encoder, group = train.make_encoder_and_group(args)
     objective = make_objective(args, encoder, group, data.train_images.shape[1:])
     pairs = torch.zeros(1, 2, dtype=torch.int64)
     if args.method == "h-ssl":
@@ -177,11 +172,9 @@ def prepare(args):
 
 def save(out, args, encoder, frozen):
     """Write the encoder and the settings, which are what probe.py needs."""
-    content = io.BytesIO()
     checkpoint = dict(encoder=encoder.state_dict(), settings=vars(args), epoch=args.epochs,
                       frozen=frozen)
-    torch.save(checkpoint, content)
-    probe.write_whole(out / "checkpoint.pt", content.getvalue())
+    probe.write_checkpoint(out / "checkpoint.pt", checkpoint)
 
 
 def run(args):
