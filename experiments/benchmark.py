@@ -17,14 +17,10 @@ Letters: B batch, C channels, G group elements, H W space.
 """
 import argparse
 import contextlib
-import gc
-import importlib
 import io
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,62 +31,57 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import report
+import tables
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data as datasets    # noqa: E402
 import probe    # noqa: E402
 import train    # noqa: E402
-from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, h_ssl_loss, readout    # noqa: E402
+from hssl import allowed_pairs    # noqa: E402
 from lars import LARS    # noqa: E402
 from layers import GroupConv2d, PerElement, ResidualBackbone, steerable_basis    # noqa: E402
 from losses import nt_xent    # noqa: E402
 
 
-# ------------------------------------------------------------------------------ time and memory
-
-def synchronize(device):
+def now(device):
+    """The time in seconds, once the GPU is done."""
     if device == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def seconds(function, device):
-    """The time of one call, until the GPU is done."""
-    synchronize(device)
-    start = time.perf_counter()
+    start = now(device)
     function()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def peak_memory(function, device):
-    """The most bytes that one call's tensors hold beyond what was held before."""
-    if device == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated() - before
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = profiler.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
-    changes.sort(key=start_of)
-    held = 0
-    peak = 0
-    for change in changes:
-        held += change.nbytes()
-        peak = max(peak, held)
-    return peak
+    return now(device) - start
 
 
 def start_of(event):
     return event.start_ns()
 
 
-def compare(row, title, function, reference, args):
+def peak_memory(function, device):
+    """The most bytes that one call's tensors hold beyond what was held before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held = 0
+    peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=start_of):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def compare(title, function, reference, args):
     """Time two functions in alternating order: a record for the table and the file."""
     for side in (function, reference):
         side()    # by the second call all is allocated, and the GPU's kernels are chosen
@@ -100,7 +91,6 @@ def compare(row, title, function, reference, args):
         times.append(seconds(function, args.device))
         reference_times.append(seconds(reference, args.device))
     return dict(
-        row=row,
         title=title,
         seconds=times,
         reference_seconds=reference_times,
@@ -109,32 +99,27 @@ def compare(row, title, function, reference, args):
     )
 
 
-# ------------------------------------------------------------------------------- training steps
+def random_data(count, device="cpu"):
+    """A data set of MNIST's shape that shows nothing, in one class."""
+    images = torch.randint(256, (count, 1, 28, 28), dtype=torch.uint8, device=device)
+    labels = torch.zeros(count, dtype=torch.int64, device=device)
+    files = labels.cpu().numpy()
+    return datasets.Dataset(images, labels, files, images, labels, files, ["0"], 0.0, 0.3)
+
 
 class Step:
-    """A training step as train.py takes it, on one batch that is in place. change: a function that
-    makes another encoder of the encoder."""
+    """A training step as train.py takes it, on one batch that is in place."""
 
-    def __init__(self, args, method, group_name, amp, change=None):
+    def __init__(self, args, method, group_name, amp):
         settings = train.parse([
-            "--dataset", "mnist", "--method", method, "--group", group_name, "--amp", amp,
-            "--device", args.device, "--batch-size", str(args.batch_size)])
+            "--dataset", "mnist", "--method", method, "--group", group_name, "--amp", amp])
         settings.image_shape = [1, 28]
         torch.manual_seed(0)
-        encoder, group = train.make_encoder_and_group(settings)
-        if change is not None:
-            encoder = change(encoder)
-        with torch.no_grad():
-            view = group.base(encoder(torch.zeros(1, 1, 28, 28)))
-        width = readout(view, settings.grid).shape[1]
-        self.encoder = encoder.to(args.device)
-        self.head = ProjectionHead(width, *settings.head_widths, settings.grid).to(args.device)
-        self.ssl_loss = a_ssl_loss if method == "a-ssl" else h_ssl_loss
-        self.group = group
+        group, objective = train.make_objective(settings, random_data(1))
+        self.objective = objective.to(args.device)
         self.device = args.device
         self.amp = amp
-        parameters = [*self.encoder.parameters(), *self.head.parameters()]
-        self.optimizer = LARS(parameters, 0.1)
+        self.optimizer = LARS(objective.parameters(), 0.1)
         self.scaler = torch.amp.GradScaler(args.device, enabled=amp == "float16")
         pairs = allowed_pairs(group)
         chosen = pairs[torch.randint(len(pairs), (args.batch_size,))]
@@ -144,7 +129,7 @@ class Step:
 
     def __call__(self):
         with probe.precision(self.device, self.amp):
-            loss = self.ssl_loss(self.encoder, self.head, nt_xent, self.group, *self.inputs)
+            loss = self.objective(*self.inputs)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -161,59 +146,46 @@ def relu_first(encoder):
     return encoder
 
 
-def contiguous(encoder):
-    """The same layers without `Backbone.forward`, which makes images channels-last."""
-    return nn.Sequential(*encoder)
-
-
-def relu_first_and_contiguous(encoder):
-    return contiguous(relu_first(encoder))
-
-
 def in_words(amp):
-    return "float32" if amp == "off" else amp
+    return amp.replace("off", "float32")
 
 
 def step_row(args):
     for group in ("translation", "rotation", "scale"):
         for amp in args.amp:
-            title = f"A-SSL / H-SSL, {group}, {in_words(amp)}"
-            yield title, Step(args, "a-ssl", group, amp), Step(args, "h-ssl", group, amp)
+            a_ssl = Step(args, "a-ssl", group, amp)
+            h_ssl = Step(args, "h-ssl", group, amp)
+            yield compare(f"A-SSL / H-SSL, {group}, {in_words(amp)}", a_ssl, h_ssl, args)
 
 
 def form_row(args):
     for amp in args.amp:
         ours = Step(args, "h-ssl", "translation", amp)
-        for name, change in [
-            ("ReLU before pooling", relu_first),
-            ("contiguous", contiguous),
-            ("both", relu_first_and_contiguous),
-        ]:
-            title = f"{name} / pooling first, channels-last, {in_words(amp)}"
-            yield title, Step(args, "h-ssl", "translation", amp, change), ours
+        words = f"pooling first, channels-last, {in_words(amp)}"
+        other = Step(args, "h-ssl", "translation", amp)
+        other.objective.encoder = relu_first(other.objective.encoder)
+        yield compare(f"ReLU before pooling / {words}", other, ours, args)
+        other = Step(args, "h-ssl", "translation", amp)
+        # Without `Backbone.forward`, which makes images channels-last.
+        other.objective.encoder = nn.Sequential(*other.objective.encoder)
+        yield compare(f"contiguous / {words}", other, ours, args)
 
-
-# ------------------------------------------------------------------- convolution, optimizer, loss
 
 class ForwardAndBackward:
     """A function of tensors, and the gradients of its sum."""
 
-    def __init__(self, function, inputs, parameters=(), device="cpu", amp="off"):
+    def __init__(self, function, inputs, parameters=()):
         self.function = function
         self.inputs = inputs
         self.sources = [*inputs, *parameters]
-        self.device = device
-        self.amp = amp
 
     def __call__(self):
-        with probe.precision(self.device, self.amp):
-            y = self.function(*self.inputs)
+        y = self.function(*self.inputs)
         torch.autograd.grad(y, self.sources, torch.ones_like(y))
 
 
 def convolution_row(args):
     """The MNIST network's second layer. conv2d has ready filters and reads the same memory."""
-    amp = "float16" if args.device == "cuda" else "off"
     for group, size in (("translation", 1), ("rotation", 4), ("scale", 3)):
         basis = steerable_basis(group, size, 7)
         layer = GroupConv2d(32, 63, basis, cyclic=group == "rotation").to(args.device)
@@ -225,84 +197,58 @@ def convolution_row(args):
         sides = []
         for module, x in ((layer, z), (conv2d, maps)):
             x = x.detach().requires_grad_()
-            sides.append(ForwardAndBackward(module, [x], module.parameters(), args.device, amp))
-        yield f"GroupConv2d / conv2d, {group}, 7x7, 32 to 63, {in_words(amp)}", *sides
+            sides.append(ForwardAndBackward(module, [x], module.parameters()))
+        yield compare(f"GroupConv2d / conv2d, {group}, 7x7, 32 to 63, float32", *sides, args)
 
 
-def optimizer_step(optimizer, device, **options):
+def optimizer_step(optimizer, device):
     """The step of an optimizer on the residual network's weights for scale."""
     weights = list(ResidualBackbone("scale", 3).to(device).parameters())
     for w in weights:
         w.grad = torch.randn_like(w)
-    return optimizer(weights, lr=1e-3, momentum=0.9, weight_decay=1e-4, **options).step
-
-
-def installed(module, name):
-    """A class of a package that need not be there, or None."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError:
-        return None
+    return optimizer(weights, lr=1e-3, momentum=0.9, weight_decay=1e-4).step
 
 
 def lars_row(args):
+    optimizers = {"LARS": LARS}
+    with contextlib.suppress(ImportError):
+        from timm.optim.lars import Lars
+        optimizers["timm's LARS"] = Lars
+    with contextlib.suppress(ImportError):
+        from lightly.utils.lars import LARS as LightlyLARS
+        optimizers["lightly's LARS"] = LightlyLARS
     sgd = optimizer_step(torch.optim.SGD, args.device)
-    for title, optimizer in [
-        ("LARS", LARS),
-        ("timm's LARS", installed("timm.optim.lars", "Lars")),
-        ("lightly's LARS", installed("lightly.utils.lars", "LARS")),
-    ]:
-        step = None
-        if optimizer is not None:
-            step = optimizer_step(optimizer, args.device)
-        yield f"{title} / torch's SGD", step, sgd
+    for name, optimizer in optimizers.items():
+        step = optimizer_step(optimizer, args.device)
+        yield compare(f"{name} / torch's SGD", step, sgd, args)
 
 
 def nt_xent_row(args):
+    try:
+        from lightly.loss import NTXentLoss
+    except ImportError:
+        return
     inputs = []
     for _ in range(2):    # views of the paper's batch
         inputs.append(torch.randn(4096, 128, device=args.device, requires_grad=True))
+    theirs = ForwardAndBackward(NTXentLoss(temperature=0.1), inputs)
     ours = ForwardAndBackward(nt_xent, inputs)
-    theirs = installed("lightly.loss", "NTXentLoss")
-    if theirs is not None:
-        theirs = ForwardAndBackward(theirs(temperature=0.1), inputs)
-    yield "lightly's NT-Xent / nt_xent, 2 x 4096 x 128", theirs, ours
+    yield compare("lightly's NT-Xent / nt_xent, 2 x 4096 x 128", theirs, ours, args)
 
 
-# ------------------------------------------------------------------------------ a whole training
-
-def no_measures(*args, **kwargs):
-    return dict(top1=None, neighbours=None, effective_rank=0.0)
-
-
-def epoch_record(args, steps=10):
-    """Run train.py on random images, translation. Memory is not compared.
-
-    Whenever it starts an epoch, the time of the last one is noted, and as many bare steps taken.
-    """
-    amp = "float16" if args.device == "cuda" else "off"
+def epoch_row(args, steps=10):
+    """Run train.py by translation, and take as many bare steps before each of its epochs."""
+    amp = args.amp[0]
     step = Step(args, "h-ssl", "translation", amp)
-    count = steps * args.batch_size
-    images = torch.randint(256, (count, 1, 28, 28), dtype=torch.uint8, device=args.device)
-    labels = torch.zeros(count, dtype=torch.int64, device=args.device)
-    files = labels.cpu().numpy()
-    data = datasets.Dataset(images, labels, files, images, labels, files, ["0"], 0.0, 0.3)
-    whole = []
-    bare = []
+    data = random_data(steps * args.batch_size, args.device)
+    times = []    # before and after the bare steps
     draw = datasets.epoch_plan
-    started = None
 
-    def bare_steps():
+    def epoch_plan(*arguments):
+        times.append(now(args.device))
         for _ in range(steps):
             step()
-
-    def noting_epoch_plan(*arguments):
-        nonlocal started
-        synchronize(args.device)
-        if started is not None:
-            whole.append(time.perf_counter() - started)
-        bare.append(seconds(bare_steps, args.device))
-        started = time.perf_counter()
+        times.append(now(args.device))
         return draw(*arguments)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -311,114 +257,59 @@ def epoch_record(args, steps=10):
             "--batch-size", str(args.batch_size), "--epochs", str(args.repeats + 2)])
         with contextlib.redirect_stdout(io.StringIO()), \
                 mock.patch.object(probe, "load_data", return_value=data), \
-                mock.patch.object(probe, "evaluate", no_measures), \
-                mock.patch.object(datasets, "epoch_plan", noting_epoch_plan):
+                mock.patch.object(datasets, "epoch_plan", epoch_plan):
             train.main(settings)
+    spans = [end - start for start, end in zip(times, times[1:])]    # bare, whole, bare, ...
     title = f"epoch of train.py / {steps} bare steps, {in_words(amp)}"
-    # The first epoch, and the steps before it, set things up.
-    return dict(row="epoch", title=title, seconds=whole[1:], reference_seconds=bare[1:-1])
+    # The first epoch, and the steps before it, set things up. No time is taken after the last.
+    yield dict(title=title, seconds=spans[3::2], reference_seconds=spans[2:-1:2])
 
-
-# ------------------------------------------------------------------------------------ the table
 
 ROWS = dict(step=step_row, form=form_row, convolution=convolution_row, lars=lars_row,
-            nt_xent=nt_xent_row)
-
-
-def records_of(row, args):
-    """Measure all comparisons of a row, one after the other."""
-    if row == "epoch":
-        yield epoch_record(args)
-        return
-    for title, function, reference in ROWS[row](args):
-        if function is None:
-            yield dict(row=row, title=title, missing="not installed")
-        else:
-            yield compare(row, title, function, reference, args)
+            nt_xent=nt_xent_row, epoch=epoch_row)
 
 
 def table_line(record):
-    if "missing" in record:
-        return f"| {record['title']} | {record['missing']} | | | | |"
-    times = record["seconds"]
-    reference_times = record["reference_seconds"]
-    of_minima = min(times) / min(reference_times)
-    reference = statistics.median(reference_times)
-    of_medians = statistics.median(times) / reference
-    memory = ""
-    megabytes = ""
-    if record.get("reference_memory"):
-        memory = f"{record['memory'] / record['reference_memory']:.2f}"
-        megabytes = f"{record['reference_memory'] / 1e6:,.1f}"
-    return (f"| {record['title']} | {of_medians:.2f} | {of_minima:.2f} | {memory} "
-            f"| {1000 * reference:,.1f} | {megabytes} |")
-
-
-def commit():
-    """The checked-out commit, with "-dirty" if tracked files changed since; empty without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude", "*"]
-    try:
-        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return finished.stdout.strip()
-
-
-def machine(device):
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    reference = statistics.median(record["reference_seconds"])
+    ratio = statistics.median(record["seconds"]) / reference
+    memory = " | "
+    if "memory" in record:
+        bytes_held = record["reference_memory"]
+        memory = f"{record['memory'] / bytes_held:.2f} | {bytes_held / 1e6:,.1f}"
+    return f"| {record['title']} | {ratio:.2f} | {1000 * reference:,.1f} | {memory} |"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS, "epoch"], default=[*ROWS, "epoch"],
-                        help="what to measure (all)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a GPU)")
-    parser.add_argument("--batch-size", type=int, help="images a step (cuda: 4096, cpu: 64)")
-    parser.add_argument("--amp", nargs="+", choices=("off", "bfloat16", "float16"),
-                        help="precisions of step and form (off, bfloat16; cuda: float16 as well)")
-    parser.add_argument("--repeats", type=int, help="of each side (cuda: 3, cpu: 5)")
-    parser.add_argument("--results", type=Path, default=ROOT / "experiments/results",
-                        help="folder of the JSON file (experiments/results)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("--rows", nargs="+", choices=ROWS, default=ROWS, help="(all)")
+    add("--device", choices=("cpu", "cuda"), default=device, help="(cuda if there is a GPU)")
+    add("--batch-size", type=int, help="images a step (cuda: 4096, cpu: 64)")
+    add("--amp", nargs="+", choices=("off", "bfloat16", "float16"), default=["off", "bfloat16"],
+        help="precisions of step and form (off bfloat16)")
+    add("--repeats", type=int, default=3, help="times of each side (3)")
+    add("--results", type=Path, default=report.RESULTS, help="folder of the JSON file")
     args = parser.parse_args(argv)
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA GPU, and PyTorch sees none")
     if args.batch_size is None:
         args.batch_size = 4096 if args.device == "cuda" else 64
-    if args.repeats is None:
-        args.repeats = 3 if args.device == "cuda" else 5
-    if args.amp is None:
-        args.amp = ["off", "bfloat16"]
-        if args.device == "cuda":
-            args.amp.append("float16")
-    if args.batch_size < 2 or args.repeats < 1:
-        parser.error("--batch-size must be at least 2, and --repeats 1")
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")    # the profiler looks for GPUs, and says so
     # As train.py does it: shapes stay, so a search is worth it; and float32 means float32.
     torch.backends.cudnn.benchmark = True
     torch.backends.fp32_precision = "ieee"
-    print(f"{machine(args.device)}; torch {torch.__version__}; batch {args.batch_size}; ratios of "
-          f"{args.repeats} times each\n")
-    print("| compared | ratio of medians | of minima | of peak memory | reference, ms | MB |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| compared | ratio of times | reference, ms | ratio of peak memory | reference, MB |")
+    print("| --- | --- | --- | --- | --- |")
     records = []
     for row in args.rows:
-        for record in records_of(row, args):
+        for record in ROWS[row](args):
             print(table_line(record), flush=True)
-            records.append(record)
-            gc.collect()
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
-
-    content = dict(device=args.device, machine=machine(args.device), torch=torch.__version__,
-                   commit=commit(), batch_size=args.batch_size, repeats=args.repeats,
+            records.append(dict(row=row) | record)
+    commit, _ = tables.commit()
+    content = dict(device=args.device, machine=tables.machine(), torch=torch.__version__,
+                   commit=commit, batch_size=args.batch_size, repeats=args.repeats,
                    records=records)
-    args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"benchmark-{args.device}.json"
     probe.write_whole(path, json.dumps(content, indent=1).encode() + b"\n")
 

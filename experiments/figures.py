@@ -2,15 +2,14 @@
 
     pip install -r experiments/requirements.txt
     python experiments/figures.py idea RUN          an image's two views, from a run by rotation
-    python experiments/figures.py losses            every loss curve of table mnist
-    python experiments/figures.py sweeps            top-1 over base space and over distance
     python experiments/figures.py curves RUN ...    loss and --eval-every's looks (results/paper/*)
+    python experiments/figures.py sweeps            top-1 over base space and over distance
     python experiments/figures.py tour              the pictures of TOUR.md, from its own blocks
 
-RUN is a folder that train.py wrote, losses and sweeps read the files of tables.py.
+RUN is a folder that train.py wrote; sweeps reads the files of tables.py.
 """
 import argparse
-import json
+import copy
 import re
 import statistics
 import sys
@@ -32,10 +31,8 @@ import probe    # noqa: E402
 BLUE = "#1f5fa8"
 RED = "#c2402a"
 GREY = "#777777"
-COLOURS = {"h-ssl": BLUE, "a-ssl": RED, "supervised": "#2e8b57", "frozen": GREY}
+COLOURS = {"h-ssl": BLUE, "a-ssl": RED, "supervised": "#2e8b57"}
 
-
-# ----------------------------------------------------------------------------- pieces of pictures
 
 def colours(z, fibers):
     """Fibers z (C, H, W) as colours (H, W, 3): their first three principal components.
@@ -74,27 +71,20 @@ def arrow(figure, a, b, colour="black"):
         arrowstyle="-|>", color=colour, linewidth=1.5))
 
 
-# ----------------------------------------------------------------------------- from a run
-
 @torch.no_grad()
 def idea(args):
     """An image through an encoder by rotation: the same views from images and from features."""
-    if len(args.runs) != 1:
-        raise ValueError("idea takes one run: python experiments/figures.py idea RUN")
     encoder, settings = probe.load_encoder(args.runs[0])
-    if settings["group"] != "rotation":
-        raise ValueError(f"idea is drawn for rotation, but the run's group is {settings['group']}")
-    data = probe.load_data(settings, "cpu", args.data_dir)
-    group = hssl.Rotation(settings["group_size"])
+    data = probe.load_data(settings, "cpu")
+    group = hssl.Rotation(4)
     x = data.batch(data.test_images, torch.tensor([0]))    # (1, 1, H, W)
-    z = encoder(x)    # (1, C, G, H', W')
-    fibers = z[0].flatten(1).T    # (G·H'·W', C)
-    step = 360 // group.orientations
+    z = encoder(x)    # (1, C, 4, H', W')
+    fibers = z[0].flatten(1).T    # (4·H'·W', C)
     views = [(1, BLUE, 0.55), (2, RED, 0.1)]
 
     figure = plt.figure(figsize=(10.8, 4.9))
-    figure.text(0.01, 0.95, "A-SSL: a transformed image and a pass for every view", fontsize=11,
-                weight="bold")
+    bold = dict(fontsize=11, weight="bold")
+    figure.text(0.01, 0.95, "A-SSL: a transformed image and a pass for every view", **bold)
     image = picture(figure, 0.02, 0.33, 0.3, x[0, 0], "image $x$")
     differences = []
     for k, colour, bottom in views:
@@ -109,40 +99,28 @@ def idea(args):
         arrow(figure, image, transformed)
         arrow(figure, transformed, features, colour)
 
-    figure.text(0.55, 0.95, "H-SSL: one pass, all views read from its features", fontsize=11,
-                weight="bold", color=BLUE)
+    figure.text(0.55, 0.95, "H-SSL: one pass, all views read from its features", color=BLUE, **bold)
     image = picture(figure, 1.19, 0.33, 0.3, x[0, 0], "image $x$")
     maps = []
-    for orientation in range(group.orientations):
-        edge = None
-        for k, colour, _ in views:
-            # The view of g reads orientation -g.
-            if -k % group.orientations == orientation:
-                edge = colour
-        maps.append(picture(figure, 1.56, 0.715 - 0.21 * orientation, 0.15,
-                            colours(z[0, :, orientation], fibers),
-                            f"$z=f(x)$, {step * orientation}°", edge, fontsize=8.5))
-        arrow(figure, image, maps[orientation])
+    for k, edge in enumerate((None, None, RED, BLUE)):
+        maps.append(picture(figure, 1.56, 0.715 - 0.21 * k, 0.15, colours(z[0, :, k], fibers),
+                            f"$z=f(x)$, {90 * k}°", edge, fontsize=8.5))
+        arrow(figure, image, maps[k])
     for k, colour, bottom in views:
         view = group.view(torch.tensor([k]), z)
         features = picture(figure, 1.84, bottom, 0.3, colours(view[0, :, 0], fibers),
                            f"$\\Gamma_{{g_{k}}}\\,f(x)$: view {k}", colour)
-        arrow(figure, maps[-k % group.orientations], features, colour)
-    side = z.shape[-1]
-    figure.text(0.01, 0.01, f"A trained encoder ({side}×{side} positions, {group.orientations} "
-                "orientations; colours: principal components of the fibers); "
-                f"$g_1$ = {step}°, $g_2$ = {2 * step}°. Left and right, the views differ by "
-                f"{max(differences):.0e} at most, relatively.", fontsize=8.5, color=GREY)
+        arrow(figure, maps[4 - k], features, colour)    # the view of g reads orientation -g
+    figure.text(0.01, 0.01, f"A trained encoder ({z.shape[-1]}×{z.shape[-1]} positions, 4 "
+                "orientations; colours: principal components of the fibers); $g_1$ = 90°, $g_2$ = "
+                f"180°. Left and right, the views differ by {max(differences):.0e} at most, "
+                "relatively.", fontsize=8.5, color=GREY)
     return {"idea": figure}
 
 
 def curves(args):
-    """Loss and accuracy over training, H-SSL's beside others', from the logs of runs."""
-    folders = args.runs or sorted(report.RESULTS.glob("paper/*"))
-    if not folders:
-        raise ValueError("curves needs the folders of runs: there are none in results/paper")
-    panels = {
-        "loss": "loss",
+    """Loss and --eval-every's measures over training, H-SSL's beside others'."""
+    measures = {
         "top1": "linear, %",
         "mean_top1": "linear, mean over positions, %",
         "neighbours": "neighbours, %",
@@ -150,71 +128,30 @@ def curves(args):
         "effective_rank": "effective rank",
     }
     figure, grid = plt.subplots(2, 3, figsize=(12, 6))
-    for axes, (name, title) in zip(grid.flat, panels.items()):
-        axes.set(title=title, xlabel="epoch")
-        frozen_is_drawn = False
-        for folder in folders:
-            epochs, values, frozen, method = curve(Path(folder), name)
-            axes.plot(epochs, values, color=COLOURS[method], label=method, linewidth=1.3,
-                      marker="." if name != "loss" else None)
-            if frozen is not None and not frozen_is_drawn:
+    loss_axes, *panels = grid.flat
+    loss_axes.set(title="loss", xlabel="epoch")
+    folders = args.runs or sorted(report.RESULTS.glob("paper/*"))
+    for number, folder in enumerate(folders):
+        run = report.read_run(folder)
+        colour = COLOURS[run["method"]]
+        looks = run["looks"]
+        if not looks:
+            raise ValueError(f"{folder} has no curve: train with --eval-every")
+        steps_per_epoch = looks[0]["step"] / looks[0]["epoch"]
+        steps, losses = zip(*run["losses"])
+        epochs = [step / steps_per_epoch for step in steps]
+        loss_axes.plot(epochs, losses, color=colour, linewidth=1.3)
+        for axes, (name, title) in zip(panels, measures.items()):
+            axes.set(title=title, xlabel="epoch")
+            frozen = run["frozen"]["held_out"][name]
+            epochs = [0] + [look["epoch"] for look in looks]
+            values = [frozen] + [look[name] for look in looks]
+            axes.plot(epochs, values, color=colour, label=run["method"], linewidth=1.3, marker=".")
+            if number == 0:
                 axes.axhline(frozen, color=GREY, linestyle="--", label="frozen")
-                frozen_is_drawn = True
-    # The loss has no frozen encoder. Runs of one method share a label.
-    handles, labels = grid[0, 1].get_legend_handles_labels()
-    shown = dict(zip(labels, handles))
-    grid[0, 1].legend(shown.values(), shown.keys(), fontsize=8)
+    panels[0].legend(fontsize=8)
     figure.tight_layout()
     return {"curves": figure}
-
-
-def curve(folder, name):
-    """(epochs, values, the frozen encoder's value, method) of a run, from its log.
-
-    name is "loss", which is averaged over epochs, or a measure of --eval-every, which has the
-    frozen encoder's value at epoch 0 if there is a probe.json.
-    """
-    method = json.loads((folder / "config.json").read_text())["method"]
-    by_epoch = {}
-    for text in (folder / "log.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        value = line.get("held_out", {}).get(name)
-        if name == "loss" and method != "supervised":
-            value = line["loss"]
-        if value is not None:
-            by_epoch.setdefault(line["epoch"], []).append(value)
-    frozen = None
-    result = folder / "probe.json"
-    if name != "loss" and result.exists():
-        frozen = json.loads(result.read_text())["frozen"].get("held_out", {}).get(name)
-    epochs = list(by_epoch)
-    values = [statistics.mean(found) for found in by_epoch.values()]
-    if frozen is not None:
-        epochs = [0, *epochs]
-        values = [frozen, *values]
-    return epochs, values, frozen, method
-
-
-# ----------------------------------------------------------------------------- from tables
-
-def losses(args):
-    """The loss of every H-SSL and A-SSL run of table mnist."""
-    runs = report.read_runs("mnist", args.budget)
-    figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.3))
-    for axes, group in zip(panels, ("translation", "rotation", "scale")):
-        axes.set(title=group, xlabel="step")
-        for method, style in (("h-ssl", "-"), ("a-ssl", "--")):
-            label = method.upper()
-            for run in runs:
-                if run["row"] == f"{group} {method}":
-                    steps, values = zip(*run["losses"])
-                    axes.plot(steps, values, style, color=COLOURS[method], linewidth=1.2,
-                              label=label)
-                    label = None
-    panels[0].set_ylabel("NT-Xent, nats")
-    panels[0].legend()
-    figure.tight_layout()
-    return {"losses": figure}
 
 
 def sweeps(args):
@@ -226,19 +163,19 @@ def sweeps(args):
                     "window 2 × 2",
     }
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 3.8), sharey=True)
+    points = (1, 2, 3, 5)
     for axes, (name, label) in zip(panels, labels.items()):
-        runs = report.read_runs(name, args.budget)
-        points = sorted({int(row.split()[1]) for row in report.rows_of(runs)})
+        runs = report.read_runs(name)
         for method, marker in (("h-ssl", "o"), ("a-ssl", "s")):
             means = []
             deviations = []
             for point in points:
                 top1 = report.values(runs, f"{method} {point}", "top1").values()
                 means.append(statistics.mean(top1))
-                deviations.append(statistics.stdev(top1) if len(top1) > 1 else 0)
+                deviations.append(statistics.stdev(top1))
             axes.errorbar(points, means, deviations, color=COLOURS[method], marker=marker,
                           capsize=3, label=f"{method.upper()}, mean ± std of {len(top1)} trainings")
-        frozen = report.values(runs, f"h-ssl {points[0]}", "top1", frozen=True)
+        frozen = report.values(runs, "h-ssl 1", "top1", frozen=True)
         axes.axhline(statistics.mean(frozen.values()), color=GREY, linestyle="--",
                      label="frozen encoder")
         axes.set_xlabel(label, fontsize=8.5)
@@ -249,19 +186,17 @@ def sweeps(args):
     return {"sweeps": figure}
 
 
-# ----------------------------------------------------------------------------- TOUR.md
-
 def tour(args):
     """The pictures of TOUR.md, drawn from the variables of its own blocks."""
-    text = (ROOT / "TOUR.md").read_text()
+    text = (ROOT / "TOUR.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    drawn_after = {2: tour_filters, 3: tour_equivariance, 4: tour_views, 8: tour_training}
+    draw_after = {2: tour_filters, 3: tour_equivariance, 4: tour_views, 8: tour_training}
     variables = {}
     figures = {}
-    for step, block in enumerate(blocks[:8], 1):
-        exec(block, variables)
-        if step in drawn_after:
-            draw = drawn_after[step]
+    for step in range(1, 9):
+        exec(blocks[step - 1], variables)
+        if step in draw_after:
+            draw = draw_after[step]
             with torch.no_grad():
                 figures[draw.__name__.replace("_", "-")] = draw(SimpleNamespace(**variables))
     return figures
@@ -298,13 +233,11 @@ def tour_equivariance(tour):
     image = picture(figure, 0.03, 0.3, 0.34, x[0, 0], "image $x$")
     rows = (("steerable", tour.f, 0.53, BLUE), ("ordinary", tour.ordinary, 0.04, RED))
     for name, network, bottom, colour in rows:
-        was_training = network.training
-        network.eval()
+        network = copy.deepcopy(network).eval()
         z = network(x)
         fibers = z[0].flatten(1).T
         left = network(moved)[0, :, 0]
         right = tour.group.view(g, z)[0, :, 0]
-        network.train(was_training)
         a = picture(figure, 0.5, bottom, 0.38, moved[0, 0], "$T_g\\,x$, $g$ = 90°")
         b = picture(figure, 0.98, bottom, 0.38, colours(left, fibers),
                     f"{name}: $f(T_g\\,x)$ at 0°", colour)
@@ -334,32 +267,27 @@ def tour_views(tour):
         picture(figure, 0.53 + 0.27 * k, 0.59, 0.23, tour.crops.T(g, x)[0, 0],
                 f"A-SSL: crop {k + 1}", colour, fontsize=9)
 
-    for k in range(4):
+    titles = ("G0: 0°", "90°, read by 270°", "180°, read by 180°", "270°, read by 90°")
+    for k, title in enumerate(titles):
         # As filters that are turned by k see it.
-        turned = tour.group.T(torch.tensor([-k % 4]), x)[0, 0]
-        title = f"{90 * k}°, read by {360 - 90 * k}°"
-        edge = None
-        if k == 0:
-            title = "G0: 0°"
-            edge = BLUE
+        turned = tour.group.T(torch.tensor([-k]), x)[0, 0]
+        edge = BLUE if k == 0 else None
         picture(figure, 0.05 + 0.26 * k, 0.09, 0.22, turned, title, edge, fontsize=8.5)
     figure.text(0.03, 0.4, "rotation: what the filters of each orientation see; the view of g "
                 "reads orientation −g", fontsize=9)
 
     axes = figure.add_axes((0.63, 0.1, 0.35, 0.76))
-    for row, g in enumerate((-2, -1, 0, 1, 2)):
-        axes.text(-2.3, -row, f"g = {g}", va="center")
-        for scale in range(-1, 4):
-            exists = 0 <= scale <= 2
-            is_read = scale == 1 - g
-            if not exists and not is_read:
-                continue
-            colour = "white"
-            if is_read:
-                colour = BLUE if exists else RED
-            axes.add_patch(Rectangle((scale - 0.4, -row - 0.35), 0.8, 0.7, facecolor=colour,
-                                     edgecolor="black", linestyle="-" if exists else "--"))
-    axes.set(xlim=(-2.4, 3.6), ylim=(-4.6, 0.6))
+    for g in (-2, -1, 0, 1, 2):
+        axes.text(-2.3, -g, f"g = {g}", va="center")
+        boxes = [(0, "white", "-"), (1, "white", "-"), (2, "white", "-")]
+        if abs(g) < 2:
+            boxes.append((1 - g, BLUE, "-"))
+        else:
+            boxes.append((1 - g, RED, "--"))
+        for scale, colour, style in boxes:
+            axes.add_patch(Rectangle((scale - 0.4, -g - 0.35), 0.8, 0.7, facecolor=colour,
+                                     edgecolor="black", linestyle=style))
+    axes.set(xlim=(-2.4, 3.6), ylim=(-2.6, 2.6))
     axes.axis("off")
     axes.set_title("scale: the view of g reads scale 1 − g of 0, 1, 2;\nat ±2 the axis has ended "
                    "(red)", fontsize=9)
@@ -379,7 +307,7 @@ def tour_training(tour):
     return figure
 
 
-FIGURES = {"idea": idea, "losses": losses, "sweeps": sweeps, "curves": curves, "tour": tour}
+FIGURES = dict(idea=idea, sweeps=sweeps, curves=curves, tour=tour)
 
 
 def main(argv=None):
@@ -387,12 +315,11 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=FIGURES)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="idea, curves: folders of runs")
-    parser.add_argument("--budget", choices=report.BUDGETS, default="cpu",
-                        help="losses, sweeps: whose results (cpu)")
-    parser.add_argument("--data-dir", help="idea: folder of the data sets (the run's own)")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "figures", metavar="FOLDER",
                         help="where to write (experiments/results/figures)")
     args = parser.parse_args(argv)
+    if args.figure == "idea" and len(args.runs) != 1:
+        parser.error("idea takes one RUN, by rotation")
     matplotlib.use("Agg")
     try:
         drawn = FIGURES[args.figure](args)

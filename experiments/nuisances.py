@@ -1,12 +1,11 @@
 """Write MNIST with every digit turned, shrunk or shifted, for train.py to train on.
 
-    python experiments/nuisances.py rotation turned [--data-dir datasets]
+    python experiments/nuisances.py rotation turned
     python train.py --dataset mnist --data-dir turned
 
-rotation turns by any angle; scale shrinks to 0.3 to 1 times the size. translation shrinks the whole
-image from 28 pixels to 20, since train.py reads MNIST with 28 pixels only, so there is no room
-without it; then it shifts by whole pixels, at most 4 in each direction. All draws are uniform.
-TO/MNIST/raw gets files of MNIST's own names and format, about 55 MB.
+rotation turns by any angle; scale shrinks to 0.3 to 1 times the size; translation shrinks the whole
+image to 20 of its 28 pixels, for room, and shifts it by at most 4 in each direction. All draws are
+uniform. turned/MNIST/raw, a new folder, gets files of MNIST's own names and format, about 55 MB.
 """
 import argparse
 import math
@@ -50,34 +49,32 @@ def disturb(images, nuisance, seed):
     return torch.cat(moved)
 
 
-def write_idx(path, array):
-    """Write uint8 numbers in the format of MNIST's files: type, dimensions, sides, numbers."""
-    header = np.array([0x800 + array.ndim, *array.shape], dtype=">i4")
-    path.write_bytes(header.tobytes() + array.tobytes())
+def write_idx(path, numbers):
+    """Write numbers, 0 to 255, in the format of MNIST's files: type, dimensions, sides, numbers."""
+    header = np.array([0x800 + numbers.ndim, *numbers.shape], dtype=">i4")
+    path.write_bytes(header.tobytes() + numbers.byte().numpy().tobytes())
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("nuisance", choices=("rotation", "scale", "translation"))
-    parser.add_argument("to", metavar="TO", help="the folder to be written, then --data-dir")
+    parser.add_argument("to", type=Path, metavar="TO", help="a new folder, then --data-dir")
     parser.add_argument("--data-dir", default="datasets", help="where MNIST is (datasets)")
-    parser.add_argument("--seed", type=int, default=0, help="of the training images (0)")
     args = parser.parse_args(argv)
-    raw = Path(args.to, "MNIST", "raw")
+    raw = args.to / "MNIST" / "raw"
+    if raw.exists():
+        parser.error(f"{raw} is there already: choose a new folder")
     try:
-        if Path(args.to).exists() and any(Path(args.to).iterdir()):
-            raise ValueError(f"{args.to} is not empty: choose a new folder")
         data = datasets.load("mnist", args.data_dir)
         raw.mkdir(parents=True)
-        # The test images are the same whatever the seed.
-        for name, images, labels, seed in (
-                ("train", data.train_images, data.train_labels, args.seed),
-                ("t10k", data.test_images, data.test_labels, 2**40)):
-            moved = disturb(images, args.nuisance, seed)
-            write_idx(raw / f"{name}-images-idx3-ubyte", moved.squeeze(1).numpy())
-            write_idx(raw / f"{name}-labels-idx1-ubyte", labels.byte().numpy())
     except (ValueError, OSError) as error:
         parser.exit(2, f"nuisances.py: {error}\n")
+    train = disturb(data.train_images, args.nuisance, seed=0)
+    test = disturb(data.test_images, args.nuisance, seed=1)
+    write_idx(raw / "train-images-idx3-ubyte", train[:, 0])
+    write_idx(raw / "train-labels-idx1-ubyte", data.train_labels)
+    write_idx(raw / "t10k-images-idx3-ubyte", test[:, 0])
+    write_idx(raw / "t10k-labels-idx1-ubyte", data.test_labels)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Print a table of results as Markdown.
 
-    python experiments/report.py NAME [means | differences] [--budget cpu]
+    python experiments/report.py NAME [means | differences]
 
-The runs come from results/NAME-BUDGET.json, which tables.py writes. At budget cpu they also come
-from the folders results/NAME/*/ of runs that were started by hand: each holds the config.json,
-probe.json and log.jsonl that train.py wrote, and may hold a run.json with "machine" and "commit".
+The runs come from results/NAME.json, which tables.py writes, and from the folders results/NAME/*/
+of runs that were started by hand: each holds the config.json, probe.json and log.jsonl that
+train.py wrote, and may hold a run.json with "machine" and "commit".
 
 means: frozen → trained encoder, each as mean ± standard deviation over n whole trainings. Linear
 is the linear classifier and neighbours the vote of the 20 nearest, both top-1 on test images in
@@ -23,7 +23,6 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BUDGETS = ("cpu", "paper")
 PARTS = ("means", "differences")
 # Fixed before the runs: encoders that differ by less are equivalent.
 MARGIN = 0.5
@@ -50,8 +49,7 @@ COMPARISONS = {
 def read_run(folder):
     """The record of a run from what train.py wrote into its folder, a dict.
 
-    Losses are [step, loss] pairs, looks what --eval-every saw. The time leaves out the start, the
-    looks and the classifiers.
+    Losses are [step, loss] pairs, looks what --eval-every saw. The time is that of the steps.
     """
     folder = Path(folder)
     settings = json.loads((folder / "config.json").read_text())
@@ -78,42 +76,30 @@ def read_run(folder):
     return record | result
 
 
-def read_runs(name, budget="cpu"):
+def read_runs(name):
     """All runs of a table, a list of records. Raises a ValueError if there are none."""
-    path = RESULTS / f"{name}-{budget}.json"
+    path = RESULTS / f"{name}.json"
     runs = []
     if path.exists():
         runs += json.loads(path.read_text())["runs"]
-    if budget == "cpu":
-        for config in sorted(RESULTS.glob(f"{name}/*/config.json")):
-            run = read_run(config.parent)
-            about = config.parent / "run.json"
-            if about.exists():
-                run |= json.loads(about.read_text())
-            runs.append(run)
+    for config in sorted(RESULTS.glob(f"{name}/*/config.json")):
+        run = read_run(config.parent)
+        about = config.parent / "run.json"
+        if about.exists():
+            run |= json.loads(about.read_text())
+        runs.append(run)
     if not runs:
-        raise ValueError(f"there are no results of {name!r} at budget {budget}: "
-                         f"tables.py {name} --budget {budget} trains them")
+        raise ValueError(f"there are no results of {name!r}: tables.py {name} trains them")
     return runs
 
 
-def with_tied_runs(runs, tied):
-    """Runs without structure, as "ROW, untied", after those with it of the same rows and seeds."""
-    keys = {(run["row"], run["seed"]) for run in runs}
-    found = [run for run in tied if (run["row"], run["seed"]) in keys]
-    for run in runs:
-        found.append(run | dict(row=f"{run['row']}, untied"))
-    return found
-
-
 def values(runs, row, measure, frozen=False):
-    """{seed: value} of a row by a measure, where its runs have it; frozen: before the training."""
+    """{seed: value} of a row by a measure; frozen: before the training."""
     found = {}
     for run in runs:
         if run["row"] == row:
             result = run["frozen"] if frozen else run
-            if result.get(measure) is not None:
-                found[run["seed"]] = result[measure]
+            found[run["seed"]] = result[measure]
     return found
 
 
@@ -191,8 +177,8 @@ def mean_cell(found, digits=2):
     return text
 
 
-def difference_cell(a, b, usual_n):
-    """`paired` as a cell. It names its n where that is not the usual one of its line."""
+def difference_cell(a, b):
+    """`paired` as a cell."""
     n, mean, error = paired(a, b)
     if n == 0:
         return "–"
@@ -202,8 +188,6 @@ def difference_cell(a, b, usual_n):
         text += f" [{signed(mean - half_width)}, {signed(mean + half_width)}]"
     if equivalent(n, mean, error):
         text += " ≈"
-    if n != usual_n:
-        text += f" (n {n})"
     return text
 
 
@@ -217,30 +201,20 @@ def rows_of(runs):
     return list(dict.fromkeys(run["row"] for run in runs))
 
 
-def measures_of(runs):
-    """Those that at least one run has; the oldest files lack some."""
-    return {title: key for title, key in MEASURES.items()
-            if any(run.get(key) is not None for run in runs)}
-
-
 def means(runs):
     """A line per row: how long it was trained, and frozen -> trained by every measure."""
-    measures = measures_of(runs)
-    lines = heading("encoder", "n", "epochs", "time", *measures)
+    lines = heading("encoder", "n", "epochs", "time", *MEASURES)
     for row in rows_of(runs):
         of_row = [run for run in runs if run["row"] == row]
-        epochs = sorted({run["epoch"] for run in of_row})
-        seconds = [run["training_seconds"] for run in of_row if "training_seconds" in run]
-        time = in_words(statistics.mean(seconds)) if seconds else "–"
-        cells = [row, str(len(of_row)), ", ".join(str(epoch) for epoch in epochs), time]
-        for key in measures.values():
-            frozen = values(runs, row, key, frozen=True)
-            trained = values(runs, row, key)
+        epochs = {run["epoch"] for run in of_row}
+        seconds = [run["training_seconds"] for run in of_row]
+        cells = [row, str(len(of_row)), ", ".join(str(epoch) for epoch in sorted(epochs))]
+        cells.append(in_words(statistics.mean(seconds)))
+        for key in MEASURES.values():
             digits = 0 if key == "effective_rank" else 2
-            if frozen and trained:
-                cells.append(f"{mean_cell(frozen, digits)} → {mean_cell(trained, digits)}")
-            else:
-                cells.append("–")
+            frozen = mean_cell(values(runs, row, key, frozen=True), digits)
+            trained = mean_cell(values(runs, row, key), digits)
+            cells.append(f"{frozen} → {trained}")
         lines.append(line(*cells))
     return lines
 
@@ -257,78 +231,67 @@ def pairs(rows, name):
 
 def differences(runs, name):
     """A line per comparison: each row with its frozen encoder, then `pairs`."""
-    measures = measures_of(runs)
-    measures.pop("rank", None)
     rows = rows_of(runs)
     comparisons = [(row, row, True) for row in rows]
     comparisons += [(row, other, False) for row, other in pairs(rows, name)]
-    if name.endswith("-untied"):
-        # The others stand in the table of the tied ones.
-        comparisons = [found for found in comparisons if found[0].endswith(", untied")]
-
-    lines = heading("difference", "n", *measures)
+    titles = [title for title in MEASURES if title != "rank"]
+    lines = heading("difference", "n", *titles)
     for row, other, frozen in comparisons:
         label = f"{row} − {other}"
         if frozen:
             label = f"{row} − frozen"
-        n = paired(values(runs, row, "top1"), values(runs, other, "top1", frozen))[0]
         cells = []
-        for key in measures.values():
-            a = values(runs, row, key)
-            b = values(runs, other, key, frozen)
-            cells.append(difference_cell(a, b, n))
-        lines.append(line(label, str(n), *cells))
+        for title in titles:
+            a = values(runs, row, MEASURES[title])
+            b = values(runs, other, MEASURES[title], frozen)
+            cells.append(difference_cell(a, b))
+        lines.append(line(label, str(paired(a, b)[0]), *cells))
     return lines
 
 
-def caption(runs, name, budget):
+def caption(runs, name):
     """What the runs were made with, in a sentence."""
-    machines = []
-    versions = []
-    commits = []
+    machines = set()
+    versions = set()
+    commits = set()
     for run in runs:
         commit = run.get("commit") or "not recorded"
         if run.get("dirty"):
             commit += " with changes"
-        machines.append(run.get("machine", "machine not recorded"))
-        versions.append(run["torch"])
-        commits.append(commit)
-    parts = [" or ".join(sorted(set(found))) for found in (machines, versions, commits)]
-    where = "" if budget == "cpu" else f" at budget {budget}"
-    return f"Table {name}{where}: {parts[0]}; torch {parts[1]}; commit {parts[2]}."
+        machines.add(run.get("machine", "machine not recorded"))
+        versions.add(run["torch"])
+        commits.add(commit)
+    parts = [" or ".join(sorted(found)) for found in (machines, versions, commits)]
+    return f"Table {name}: {parts[0]}; torch {parts[1]}; commit {parts[2]}."
 
 
-def table(name, part=None, budget="cpu"):
+def table(name, part=None):
     """A table's Markdown: one of PARTS alone, or all under a caption.
 
     Raises a ValueError if there are no results.
     """
-    runs = read_runs(name, budget)
-    if name.endswith("-untied"):
-        runs = with_tied_runs(runs, read_runs(name.removesuffix("-untied"), budget))
+    runs = read_runs(name)
     if part == "means":
         lines = means(runs)
     elif part == "differences":
         lines = differences(runs, name)
     else:
-        lines = [caption(runs, name, budget), "", *means(runs), "", *differences(runs, name)]
+        lines = [caption(runs, name), "", *means(runs), "", *differences(runs, name)]
     return "\n".join(lines)
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="report.py NAME [means | differences] [--budget cpu]")
+        usage="report.py NAME [means | differences]")
     parser.add_argument("name", metavar="NAME", help="of the table")
     parser.add_argument("part", nargs="?", choices=PARTS, help="print this part alone")
-    parser.add_argument("--budget", choices=BUDGETS, default="cpu", help="whose results (cpu)")
     return parser.parse_args(argv)
 
 
 def main():
-    args = parse()
     try:
-        print(table(**vars(args)))
+        print(table(**vars(parse())))
     except ValueError as error:
         print(f"report.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,13 +4,11 @@
 
 Both encode two augmented copies of every image in a step. simclr compares the two by their whole
 maps, so the group only chooses the network. h-ssl reads two views from the features of each copy,
-and compares all four. The flags, with their defaults, are train.py's; one process only, and
-what ended early starts again with --resume. The run's folder is one that probe.py reads.
+and compares all four. One process only; what ended early starts again with --resume. The run's
+folder is one that probe.py reads.
 
-Exit status: 0 finished, 1 diverged, 2 bad input or no room to save.
-
-Letters: B images in a step, N projections of a view, V views, D numbers per projection, C channels,
-H W space.
+Letters: B images in a step, N projections of each of V views, D numbers per projection, C channels,
+H W space, P pairs of group elements.
 """
 import argparse
 import copy
@@ -22,16 +20,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data as datasets    # noqa: E402
 import probe    # noqa: E402
 import train    # noqa: E402
-from hssl import ProjectionHead, allowed_pairs, readout    # noqa: E402
+from hssl import allowed_pairs    # noqa: E402
 from lars import LARS    # noqa: E402
-from losses import at_least_float32, check_shapes, nt_xent    # noqa: E402
+from losses import at_least_float32, check_shapes    # noqa: E402
 
 
 def augment(x, generator=None):
@@ -87,27 +84,17 @@ def multi_view_nt_xent(*views, temperature=0.1):
         return -log_probability.gather(1, partner_index).mean()
 
 
-class SimCLR(nn.Module):
+class SimCLR(train.SelfSupervised):
     """Encoder, head and NT-Xent of two copies of the same images."""
-
-    def __init__(self, encoder, head, temperature):
-        super().__init__()
-        self.encoder = encoder
-        self.head = head
-        self.temperature = temperature
 
     def forward(self, copy1, copy2, g1, g2):    # (B, C, H, W) twice; g1 and g2 are not used
         h1 = self.head(self.encoder(copy1))    # (B, D)
         h2 = self.head(self.encoder(copy2))
-        return nt_xent(h1, h2, self.temperature)
+        return self.compare(h1, h2)
 
 
-class AugmentedHSSL(SimCLR):
+class AugmentedHSSL(train.SelfSupervised):
     """The same with two views from the features of each copy, by the same g1 and g2."""
-
-    def __init__(self, encoder, head, temperature, group):
-        super().__init__(encoder, head, temperature)
-        self.group = group
 
     def forward(self, copy1, copy2, g1, g2):    # g1 and g2: (B, ...)
         views = []
@@ -116,21 +103,6 @@ class AugmentedHSSL(SimCLR):
             for g in (g1, g2):
                 views.append(self.head(self.group.view(g, z)))    # (B, D)
         return multi_view_nt_xent(*views, temperature=self.temperature)
-
-
-def make_objective(args, encoder, group, image_shape):
-    """The method's module. Raises a ValueError where the settings do not fit."""
-    with torch.no_grad():
-        view = encoder.eval()(torch.zeros(1, *image_shape))
-        encoder.train()
-    if args.method == "h-ssl":
-        view = group.base(view)
-    width = readout(view, args.grid).shape[1]
-    hidden, out = args.head_widths
-    head = ProjectionHead(width, hidden, out, args.grid)
-    if args.method == "h-ssl":
-        return AugmentedHSSL(encoder, head, args.temperature, group)
-    return SimCLR(encoder, head, args.temperature)
 
 
 def parse(argv=None):
@@ -144,55 +116,57 @@ def parse(argv=None):
     if args.objective != "nt-xent" or args.eval_every is not None or args.structure != "group":
         parser.error("--objective, --eval-every and --structure are train.py's alone")
     args.method = own.method
-    args.out = own.out
-    if args.out is None:
-        args.out = f"runs/{args.dataset}-augmented-{args.method}-{args.group}-{args.seed}"
+    args.out = own.out or f"runs/{args.dataset}-augmented-{args.method}-{args.group}-{args.seed}"
     return args
 
 
-def prepare(args):
-    """All that bad input can stop, with a ValueError or an OSError."""
+def make_objective(args):
+    """The method's module, and all pairs that its views are drawn from, (P, 2, ...).
+
+    Raises a ValueError where the settings do not fit.
+    """
+    encoder, group = train.make_encoder_and_group(args)
+    channels, side = args.image_shape
+    with torch.no_grad():
+        z = encoder.eval()(torch.zeros(1, channels, side, side))
+    encoder.train()
+    if args.method == "h-ssl":
+        objective = AugmentedHSSL(args, encoder, group, group.base(z))
+        pairs = allowed_pairs(group, args.max_distance)
+    else:
+        objective = SimCLR(args, encoder, group, z)
+        pairs = torch.zeros(1, 2, dtype=torch.int64)
+    return objective, group.elements[pairs]
+
+
+def run(args):
+    """Train and measure; writes config.json, log.jsonl, checkpoint.pt and probe.json.
+
+    Raises a ValueError or an OSError for bad input, or no room to save.
+    """
     data = probe.load_data(vars(args), args.device)
-    if args.batch_size > len(data.train_images):
-        raise ValueError(f"--batch-size {args.batch_size} is more than the "
-                         f"{len(data.train_images)} training images")
+    count = len(data.train_images)
+    if args.batch_size > count:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {count} training images")
     args.image_shape = list(data.train_images.shape[1:3])
     torch.manual_seed(args.seed)
-    encoder, group = train.make_encoder_and_group(args)
-    objective = make_objective(args, encoder, group, data.train_images.shape[1:])
-    pairs = torch.zeros(1, 2, dtype=torch.int64)
-    if args.method == "h-ssl":
-        pairs = allowed_pairs(group, args.max_distance)
+    objective, pairs = make_objective(args)
+    objective.to(args.device)
+    pairs = pairs.to(args.device)
+    encoder = objective.encoder
     train.find_checkpoint(vars(args))    # which raises where a finished run is
     out = Path(args.out)
     config = json.dumps(vars(args) | dict(torch=torch.__version__)) + "\n"
     probe.write_whole(out / "config.json", config.encode())
-    return data, group.elements[pairs].to(args.device), objective.to(args.device)
-
-
-def save(out, args, encoder, frozen):
-    """Write the encoder and the settings, which are what probe.py needs."""
-    checkpoint = dict(encoder=encoder.state_dict(), settings=vars(args), epoch=args.epochs,
-                      frozen=frozen)
-    probe.write_checkpoint(out / "checkpoint.pt", checkpoint)
-
-
-def run(args):
-    """Train and measure; writes config.json, log.jsonl, checkpoint.pt and probe.json."""
-    data, pairs, objective = prepare(args)
-    out = Path(args.out)
-    encoder = objective.encoder
     frozen = probe.evaluate(
         copy.deepcopy(encoder), data, args.probe_grid, args.amp, update_statistics=True)
-    print(f"frozen encoder: top-1 {frozen['top1']}", flush=True)
+    print("frozen encoder:", probe.in_words(frozen), flush=True)
 
     optimizer = LARS(objective.parameters(), args.lr, args.momentum, args.weight_decay,
                      args.trust_coefficient)
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    count = len(data.train_images)
     steps = count // args.batch_size    # a last, incomplete batch is left out
-    total = args.epochs * steps
     warmup = round(args.warmup_epochs * steps)
     step = 0
     log = train.open_log(out, step)
@@ -206,7 +180,7 @@ def run(args):
             copy2 = augment(x, generator)
             g1, g2 = pairs[choice[index]].unbind(1)    # (B, ...) each
 
-            lr = args.lr * train.schedule(step, warmup, total)
+            lr = args.lr * train.schedule(step, warmup, args.epochs * steps)
             for parameter_group in optimizer.param_groups:
                 parameter_group["lr"] = lr
             with probe.precision(args.device, args.amp):
@@ -220,7 +194,7 @@ def run(args):
 
         mean = torch.stack(losses).mean().item()
         if not math.isfinite(mean):
-            raise FloatingPointError(f"the loss is {mean} in epoch {epoch + 1}: take a lower --lr")
+            sys.exit(f"simclr.py: the loss is {mean} in epoch {epoch + 1}: take a lower --lr")
         rate = round(steps * args.batch_size / (time.perf_counter() - start), 1)
         line = dict(epoch=epoch + 1, step=step, loss=mean, lr=lr, images_per_second=rate)
         log.write(json.dumps(line) + "\n")
@@ -228,17 +202,20 @@ def run(args):
     log.close()
 
     result = probe.evaluate(encoder, data, args.probe_grid, args.amp, update_statistics=True)
-    save(out, args, encoder, frozen)
-    print(probe.in_words(probe.write_result(out, vars(args), result, frozen, args.epochs)))
+    checkpoint = dict(encoder=encoder.state_dict(), settings=vars(args), epoch=args.epochs,
+                      frozen=frozen)
+    probe.write_checkpoint(out / "checkpoint.pt", checkpoint)
+    probe.write_result(out, vars(args), result, frozen, args.epochs)
+    print("trained encoder:", probe.in_words(result))
 
 
 def main(argv=None):
     args = parse(argv)
     try:
         run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError) as error:
         print(f"simclr.py: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

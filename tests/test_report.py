@@ -9,7 +9,7 @@ import pytest
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = [path for path in sorted(report.RESULTS.glob("*-*.json"))
+FILES = [path for path in sorted(report.RESULTS.glob("*.json"))
          if "runs" in json.loads(path.read_text())]
 
 
@@ -48,13 +48,15 @@ def test_equivalence_within_half_a_point(n, mean, error, expected):
 
 # ----------------------------------------------------------------------------- tables
 
-def make_run(row, seed, frozen, trained, **more):
+def make_run(row, seed, frozen, trained, training_seconds=60.4):
     """A record with these top-1; neighbours are 10 lower before and 20 lower afterwards."""
-    return dict(
-        row=row, seed=seed, epoch=8, top1=trained, neighbours=trained - 20, effective_rank=50.2,
-        frozen=dict(top1=frozen, neighbours=frozen - 10, effective_rank=99.8),
-        machine="m", torch="t", commit="c", **more,
-    )
+    before = dict(top1=frozen, neighbours=frozen - 10, effective_rank=99.8)
+    after = dict(top1=trained, neighbours=trained - 20, effective_rank=50.2)
+    for result in (before, after):
+        result["mean_top1"] = result["top1"] - 40
+        result["mean_neighbours"] = result["neighbours"] - 40
+    about = dict(row=row, seed=seed, epoch=8, machine="m", torch="t", commit="c")
+    return after | about | dict(frozen=before, training_seconds=training_seconds)
 
 
 @pytest.fixture
@@ -62,9 +64,8 @@ def results(tmp_path, monkeypatch):
     """Writes files of results and makes report.py read them."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
 
-    def write(name, runs, budget="cpu"):
-        content = dict(name=name, budget=budget, runs=runs)
-        (tmp_path / f"{name}-{budget}.json").write_text(json.dumps(content))
+    def write(name, runs):
+        (tmp_path / f"{name}.json").write_text(json.dumps(dict(runs=runs)))
 
     return write
 
@@ -73,40 +74,40 @@ def test_a_table_with_two_methods(results):
     """A-SSL has one seed more than H-SSL: each comparison takes the seeds that both sides have."""
     runs = []
     for seed, gain in enumerate((3, 3, 3, 9)):
-        runs.append(make_run("a-ssl", seed, 50 + seed, 50 + seed + gain, training_seconds=60.4))
+        runs.append(make_run("a-ssl", seed, 50 + seed, 50 + seed + gain))
     for seed in range(3):
         runs.append(make_run("h-ssl", seed, 50 + seed, 53 + seed, training_seconds=7201))
+    runs[-1]["dirty"] = True
     results("mine", runs)
-    assert report.table("mine") == "\n".join([
-        "Table mine: m; torch t; commit c.",
-        "",
-        "| encoder | n | epochs | time | linear | neighbours | rank |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| a-ssl | 4 | 8 | 60 s | 51.50 ± 1.29 → 56.00 ± 4.08 | 41.50 ± 1.29 → 36.00 ± 4.08 | "
-        "100 ± 0 → 50 ± 0 |",
-        "| h-ssl | 3 | 8 | 2.0 h | 51.00 ± 1.00 → 54.00 ± 1.00 | 41.00 ± 1.00 → 34.00 ± 1.00 | "
-        "100 ± 0 → 50 ± 0 |",
-        "",
-        "| difference | n | linear | neighbours |",
-        "| --- | --- | --- | --- |",
-        "| a-ssl − frozen | 4 | +4.50 [−0.27, +9.27] | −5.50 [−10.27, −0.73] |",
-        "| h-ssl − frozen | 3 | +3.00 [+3.00, +3.00] | −7.00 [−7.00, −7.00] |",
-        "| h-ssl − a-ssl | 3 | +0.00 [+0.00, +0.00] ≈ | +0.00 [+0.00, +0.00] ≈ |",
-    ])
-    assert report.table("mine", "means") == "\n".join(report.table("mine").splitlines()[2:6])
-    assert report.table("mine", "differences") == "\n".join(report.table("mine").splitlines()[7:])
-
-
-def test_measures_that_only_some_runs_have(results):
-    """Old files lack some: a cell that has fewer seeds than its line says so, an empty one is –."""
-    full = make_run("h-ssl", 0, 50, 51, mean_top1=41.0)
-    full["frozen"]["mean_top1"] = 40.0
-    results("mine", [full, make_run("h-ssl", 1, 50, 51), make_run("a-ssl", 0, 50, 51)])
     lines = report.table("mine").splitlines()
-    assert lines[2] == "| encoder | n | epochs | time | linear | linear, mean | neighbours | rank |"
-    assert "| 50.00 ± 0.00 → 51.00 ± 0.00 | 40.00 → 41.00 |" in lines[4]
-    assert "| 50.00 → 51.00 | – |" in lines[5]
-    assert lines[9].startswith("| h-ssl − frozen | 2 | +1.00 [+1.00, +1.00] | +1.00 (n 1) |")
+    assert lines[:3] == [
+        "Table mine: m; torch t; commit c or c with changes.",
+        "",
+        "| encoder | n | epochs | time | linear | linear, mean | neighbours | neighbours, mean | "
+        "rank |",
+    ]
+    assert lines[4] == (
+        "| a-ssl | 4 | 8 | 60 s | 51.50 ± 1.29 → 56.00 ± 4.08 | 11.50 ± 1.29 → 16.00 ± 4.08 | "
+        "41.50 ± 1.29 → 36.00 ± 4.08 | 1.50 ± 1.29 → -4.00 ± 4.08 | 100 ± 0 → 50 ± 0 |")
+    assert lines[5].startswith("| h-ssl | 3 | 8 | 2.0 h | 51.00 ± 1.00 → 54.00 ± 1.00 | ")
+    gain = "+4.50 [−0.27, +9.27]"
+    loss = "−5.50 [−10.27, −0.73]"
+    same = "+0.00 [+0.00, +0.00] ≈"
+    assert lines[6:8] == [
+        "", "| difference | n | linear | linear, mean | neighbours | neighbours, mean |"]
+    assert lines[9] == f"| a-ssl − frozen | 4 | {gain} | {gain} | {loss} | {loss} |"
+    assert lines[10].startswith("| h-ssl − frozen | 3 | +3.00 [+3.00, +3.00] | ")
+    assert lines[11:] == [f"| h-ssl − a-ssl | 3 | {same} | {same} | {same} | {same} |"]
+    assert report.table("mine", "means").splitlines() == lines[2:6]
+    assert report.table("mine", "differences").splitlines() == lines[7:]
+
+
+def test_one_seed_has_no_interval_and_none_no_difference(results):
+    results("mine", [make_run("h-ssl", 0, 50, 51), make_run("a-ssl", 1, 50, 51)])
+    lines = report.table("mine").splitlines()
+    assert "| 50.00 → 51.00 | 10.00 → 11.00 |" in lines[4]
+    assert lines[9].startswith("| h-ssl − frozen | 1 | +1.00 | +1.00 | ")
+    assert lines[11] == "| h-ssl − a-ssl | 0 | – | – | – | – |"
 
 
 def test_rows_that_are_compared():
@@ -117,17 +118,6 @@ def test_rows_that_are_compared():
     assert report.pairs(rows, "work") == expected + [("h-ssl, 16 epochs", "a-ssl, 8 epochs")]
 
 
-def test_untied_rows_stand_beside_the_tied_ones_of_their_seeds(results):
-    tied = [make_run("scale h-ssl", seed, 50, 70 + seed) for seed in range(3)]
-    results("mnist", tied + [make_run("scale supervised", 1, 50, 90)])
-    results("mnist-untied", [make_run("scale h-ssl", 1, 50, 60, dirty=True)])
-    text = report.table("mnist-untied")
-    assert "commit c or c with changes." in text
-    assert "supervised" not in text
-    assert "| scale h-ssl | 1 |" in text
-    assert text.splitlines()[-1] == "| scale h-ssl, untied − scale h-ssl | 1 | −11.00 | −11.00 |"
-
-
 def test_a_run_that_was_started_by_hand(results, tmp_path):
     """Its folder in results/NAME is a row; the time of its steps comes from the log.
 
@@ -135,22 +125,18 @@ def test_a_run_that_was_started_by_hand(results, tmp_path):
     """
     folder = tmp_path / "mine" / "first"
     folder.mkdir(parents=True)
+    run = make_run("", 0, 50, 60)
+    result = {key: run[key] for key in (*report.MEASURES.values(), "frozen")} | dict(epoch=2)
     config = dict(group="scale", method="h-ssl", seed=4, batch_size=40, torch="t")
-    look = dict(top1=90.0)
     log = [dict(epoch=1, step=2, loss=3.0, images_per_second=10),
-           dict(epoch=2, step=3, loss=2.0, images_per_second=5, held_out=look)]
-    result = dict(top1=60.0, epoch=2, frozen=dict(top1=50.0))
+           dict(epoch=2, step=3, loss=2.0, images_per_second=5)]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "probe.json").write_text(json.dumps(result))
     (folder / "log.jsonl").write_text("\n".join(json.dumps(line) for line in log))
-    record = report.read_run(folder)
-    assert record["losses"] == [[2, 3.0], [3, 2.0]]
-    assert record["looks"] == [dict(step=3, epoch=2, top1=90.0)]
-    text = report.table("mine")
-    assert "machine not recorded; torch t; commit not recorded." in text
-    assert "| scale h-ssl | 1 | 2 | 16 s | 50.00 → 60.00 |" in text
-    (folder / "run.json").write_text(json.dumps(dict(machine="m", commit="c")))
-    assert "Table mine: m; torch t; commit c." in report.table("mine")
+    assert report.read_run(folder)["losses"] == [[2, 3.0], [3, 2.0]]
+    assert "| scale h-ssl | 1 | 2 | 16 s | 50.00 → 60.00 |" in report.table("mine")
+    (folder / "run.json").write_text(json.dumps(dict(machine="other", commit="d")))
+    assert "Table mine: other; torch t; commit d." in report.table("mine")
 
 
 def test_a_table_without_results(monkeypatch, capsys):
@@ -158,7 +144,7 @@ def test_a_table_without_results(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         report.main()
     assert stop.value.code == 2
-    assert "there are no results of 'nosuch' at budget cpu" in capsys.readouterr().err
+    assert "there are no results of 'nosuch': tables.py nosuch" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------- what is committed
@@ -166,14 +152,10 @@ def test_a_table_without_results(monkeypatch, capsys):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_committed_results_are_printed(path):
     """Every row has its line of means and of differences, and the table names every commit."""
-    record = json.loads(path.read_text())
-    text = report.table(record["name"], budget=record["budget"])
-    for run in record["runs"]:
-        row = run["row"]
-        if record["name"].endswith("-untied"):
-            row += ", untied"
-        assert text.count(f"\n| {row} | ") == 1
-        assert text.count(f"\n| {row} − frozen | ") == 1
+    text = report.table(path.stem)
+    for run in json.loads(path.read_text())["runs"]:
+        assert text.count(f"\n| {run['row']} | ") == 1
+        assert text.count(f"\n| {run['row']} − frozen | ") == 1
         assert run["commit"] in text
 
 
