@@ -22,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow 10.1 or later
 
-# Channels, and the height, which is the width too.
-SHAPES = {"glyphs": (1, 28), "mnist": (1, 28), "cifar10": (3, 32), "tiny-imagenet": (3, 64)}
 GLYPHS = "AFGKRTY248"  # no two of them alike when turned, as 6 and 9 are
 
 MOMENTS = {"mnist": (0.0, 0.3081), "cifar10": (0.4734, 0.2516)}  # mean and std
@@ -37,13 +35,9 @@ SPLITS = ["train", "val", "valid", "validation", "test"]  # in any case; two of 
 EXTENSIONS = (".jpg .jpeg .jpe .jfif .mpo .png .webp .tif .tiff .bmp .gif .ppm .pgm .pbm .pnm "
               ".jp2 .avif .heic .heif").split()
 CACHE_FORMAT = 1  # to be raised whenever the same files would give other pixels
-EXIF_ORIENTATION = 0x0112
-# The operation that makes an image of EXIF orientation 2, 3, ... 8 upright.
-UPRIGHT = ("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE "
-           "ROTATE_90").split()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dataset:
     """Two splits of images, and what they are normalised by.
 
@@ -71,9 +65,22 @@ class Dataset:
         picked = images.index_select(0, index).float()
         return picked.sub_(255 * self.mean).div_(255 * self.std)
 
+    def subset(self, train, test=None):
+        """The Dataset of the training images with the indices train, an array or a tensor.
+
+        The training images with the indices test, if given, take the place of the test images.
+        """
+        fields = {}
+        for kind in ("images", "labels", "files"):
+            whole = getattr(self, f"train_{kind}")
+            fields[f"train_{kind}"] = whole[train]
+            if test is not None:
+                fields[f"test_{kind}"] = whole[test]
+        return replace(self, **fields)
+
     def digest(self):
         """The SHA-256, in hexadecimal digits, of the training images, labels and file names."""
-        digest = hashlib.sha256(self.train_images.cpu().contiguous().view(-1).numpy())
+        digest = hashlib.sha256(self.train_images.cpu().flatten().numpy())
         rest = self.train_images.shape, self.train_labels.tolist(), self.train_files.tolist()
         digest.update(repr(rest).encode())
         return digest.hexdigest()
@@ -113,7 +120,8 @@ def load(name, folder="datasets", cache_dir="datasets", device="cpu", train_imag
     elif name == "folder":
         data = image_folder(folder, cache_dir, image_size or 64)
     else:
-        raise ValueError(f"there is no data set {name!r}, only {', '.join(SHAPES)} and folder")
+        raise ValueError(f"there is no data set {name!r}, only glyphs, mnist, cifar10, "
+                         "tiny-imagenet and folder")
 
     total = len(data.train_images)
     held_out = validate or 0
@@ -122,22 +130,16 @@ def load(name, folder="datasets", cache_dir="datasets", device="cpu", train_imag
     if held_out < 0 or not 1 <= keep <= rest:
         raise ValueError(f"{name} has {total} training images, so {keep} cannot be taken "
                          f"and {held_out} held out")
-    shuffled = np.random.default_rng(0).permutation(total)
-    test_index = np.sort(shuffled[:held_out])
-    train_index = np.sort(shuffled[held_out:])
-    drawn = np.random.default_rng(seed).permutation(rest)[:keep]
-    train_index = train_index[np.sort(drawn)]
-    fields = dict(vars(data))
-    for kind in ("images", "labels", "files"):
-        whole = fields[f"train_{kind}"]
-        if held_out:
-            fields[f"test_{kind}"] = whole[test_index]
-        if len(train_index) < total:  # otherwise the images stay mapped, uncopied
-            fields[f"train_{kind}"] = whole[train_index]
-    for key, value in fields.items():
+    if held_out:
+        shuffled = np.random.default_rng(0).permutation(total)
+        data = data.subset(np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out]))
+    if keep < rest:
+        drawn = np.random.default_rng(seed).permutation(rest)[:keep]
+        data = data.subset(np.sort(drawn))
+    for field, value in vars(data).items():
         if torch.is_tensor(value):
-            fields[key] = value.to(device)
-    return Dataset(**fields)
+            setattr(data, field, value.to(device))
+    return data
 
 
 # ------------------------------------------------------------------ data sets that are downloaded
@@ -162,13 +164,12 @@ def from_torchvision(name, folder):
     10,000, 3x32x32, 10 classes). Errors as for `load`."""
     from torchvision import datasets  # here, since it takes seconds
 
-    channels, side = SHAPES[name]
     fields = []
     with _downloading(name, folder, "MNIST/raw/*-ubyte(.gz) or cifar-10-python.tar.gz, unaltered,"):
         for train in (True, False):
             split = getattr(datasets, name.upper())(folder, train=train, download=True)
-            images = torch.as_tensor(split.data).view(-1, side, side, channels)
-            images = images.permute(0, 3, 1, 2).contiguous()  # (N, C, H, W)
+            images = torch.as_tensor(split.data)  # (N, H, W), or (N, H, W, C) of coloured ones
+            images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
             labels = torch.as_tensor(split.targets)
             if len(labels) != len(images):
                 raise ValueError(f"{len(images)} images, {len(labels)} labels")
@@ -191,7 +192,7 @@ def tiny_imagenet(folder, cache_dir):
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 download_and_extract_archive(TINY_IMAGENET_URL, scratch, md5=TINY_IMAGENET_MD5)
                 if not tree.exists():
-                    os.replace(Path(scratch, tree.name), tree)
+                    Path(scratch, tree.name).replace(tree)
     data = image_folder(tree, cache_dir, 64)
     if data.classes != 200:
         raise ValueError(f"{tree / 'train'} has {data.classes} classes, where 200 were expected: "
@@ -220,20 +221,17 @@ def image_folder(folder, cache_dir, side):
                 files.append(path.parts)
 
     parents = {parts[0] for parts in files if len(parts) > 1}
-    parent_of_split = {}
-    for parent in sorted(parents, reverse=True):  # where both are there, train and not Train
-        parent_of_split.setdefault(parent.lower(), parent)
+    # Where both are there, train and not Train.
+    parent_of_split = {parent.lower(): parent for parent in sorted(parents)}
     splits = []
-    class_names = []
     if "train" in parent_of_split:
         # The training folder and the first test folder; others are not used.
         splits = [parent_of_split[name] for name in SPLITS if name in parent_of_split][:2]
         unused = sorted(parents.difference(splits))
         if unused:
             print(f"{folder}: not used, though they hold images: {unused}")
-        files = [parts for parts in files if parts[0] in splits]
-        named = {parts[1] for parts in files if parts[0] == splits[0] and len(parts) > 2}
-        class_names = sorted(named)
+    named = {parts[1] for parts in files if parts[0] in splits[:1] and len(parts) > 2}
+    class_names = sorted(named)
     # A folder that cannot be listed matters if it is used, or could be the missing test folder.
     for error in errors:
         if not splits:
@@ -245,28 +243,29 @@ def image_folder(folder, cache_dir, side):
     class_of_test_file = {}
     annotations = folder.joinpath(*splits[1:], "val_annotations.txt")
     if annotations.exists():
-        for line in annotations.read_text(encoding="utf-8-sig").splitlines():
-            name, _, rest = line.partition("\t")
-            class_of_test_file[name] = rest.split("\t")[0]
+        text = annotations.read_text(encoding="utf-8-sig")
+        class_of_test_file = dict(re.findall(r"^(.+?)\t([^\t\n]+)", text, re.MULTILINE))
 
     label_of_class = {name: label for label, name in enumerate(class_names)}
     rows = []
     for parts in files:
+        if splits and parts[0] not in splits:
+            continue
         path = "/".join(parts)
         file = folder / path
         normal_path = unicodedata.normalize("NFC", path)  # macOS stores another form
         path_hash = hashlib.sha256(normal_path.encode(errors="surrogatepass")).hexdigest()
         is_test = int(path_hash, 16) % 10 == 0
-        candidates = list(parts[1:-1])
+        candidates = parts[1:-1]
         if len(splits) == 2:
             is_test = parts[0] == splits[1]
             if is_test:
-                candidates.insert(0, class_of_test_file.get(parts[-1]))
+                candidates = (class_of_test_file.get(parts[-1]), *candidates)
         label = next((label_of_class[name] for name in candidates if name in label_of_class), -1)
         if class_names and label < 0:
             raise ValueError(f"{path!r} in {folder} is in none of its {len(class_names)} classes")
         # A dangling link has only its own status; `_decode` reports it.
-        status = os.stat(file, follow_symlinks=file.exists())
+        status = file.stat(follow_symlinks=file.exists())
         rows.append((is_test, path_hash, path, label, status.st_size, status.st_mtime_ns))
     rows.sort()
 
@@ -283,10 +282,8 @@ def image_folder(folder, cache_dir, side):
     files = np.array(paths)
     labels = torch.tensor(labels)
     n = is_test.count(False)
-    test_name = "about a tenth, held out by name"
-    if len(splits) == 2:
-        test_name = splits[1]
-    print(f"{folder}: {n} training images, {len(rows) - n} test images ({test_name}), "
+    print(f"{folder}: {n} training images, {len(rows) - n} test images "
+          f"({' '.join(splits[1:]) or 'about a tenth, held out by name'}), "
           f"{len(class_names) or 'no (they need train/CLASS/...)'} classes{report}", flush=True)
     return Dataset(images[:n], labels[:n], files[:n], images[n:], labels[n:], files[n:],
                    class_names, mean, std)
@@ -301,10 +298,10 @@ def _decode_all(folder, rows, side, cache):
     print(f"decoding {len(rows)} images into {cache}", flush=True)
     cache.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             paths = [folder / row[2] for row in rows]
-            results = list(pool.map(_decode, paths, [side] * len(rows)))
+            results = pool.map(_decode, paths, [side] * len(rows))
 
         readable = []
         pixels = []
@@ -331,8 +328,9 @@ def _decode_all(folder, rows, side, cache):
         sample = images[:min(train, 1000)] / 255
         std = sample.std(correction=0).item() or 1.0  # images of one colour stay as they are
         mean = sample.mean().item()
-        torch.save((images, readable, mean, std, report), Path(scratch, cache.name))
-        os.replace(Path(scratch, cache.name), cache)
+        temporary = Path(scratch, cache.name)
+        torch.save((images, readable, mean, std, report), temporary)
+        temporary.replace(cache)
 
 
 def _decode(path, side):
@@ -345,16 +343,18 @@ def _decode(path, side):
             return "not a regular file"
         with Image.open(path) as image:
             image.load()  # turns a TIFF by itself, and reads metadata that follow the pixels
-            orientation = image.getexif().get(EXIF_ORIENTATION)
-            if orientation in range(2, 9):
-                image = image.transpose(Image.Transpose[UPRIGHT[orientation - 2]])
+            # The orientation is read here, and the rest of the EXIF goes, since exif_transpose would
+            # write it anew, which fails if one number in it is broken.
+            image.getexif()
+            image.info.pop("exif", None)
+            image = ImageOps.exif_transpose(image)
             if image.mode[0] == "I":  # convert() would clip 16 bits
                 values = np.asarray(image) / 257
                 image = Image.fromarray(values.round().clip(max=255).astype(np.uint8))
             if image.has_transparency_data:
                 black = Image.new("RGBA", image.size, "black")
                 image = Image.alpha_composite(black, image.convert("RGBA"))
-            image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+            image = ImageOps.fit(image.convert("RGB"), (side, side))  # bicubic
             return np.asarray(image).transpose(2, 0, 1)
     except Exception as error:  # a file can make it fail in any way
         return repr(error)
@@ -375,8 +375,8 @@ def glyphs(train=10_000, test=2_000, seed=0):
             picture = Image.new("L", (112, 112))
             ImageDraw.Draw(picture).text((56, 56), character, fill=255, font=font, anchor="mm",
                                          stroke_width=stroke_width)
-            pictures.append(np.asarray(picture))
-    pictures = torch.from_numpy(np.stack(pictures))[:, None].float() / 255
+            pictures.append(picture)
+    pictures = torch.from_numpy(np.stack(pictures))[:, None] / 255
     pictures = F.avg_pool2d(pictures, 4)  # (40, 1, 28, 28)
 
     count = train + test
@@ -414,4 +414,4 @@ def epoch_plan(images, choices, seed, epoch, device="cpu"):
     order = rng.permutation(images)
     choice = rng.integers(choices, size=images)
     plan = torch.from_numpy(np.stack([order, choice]))
-    return tuple(plan.to(device, non_blocking=True))  # so that no step waits for the GPU
+    return plan.to(device).unbind()

@@ -18,7 +18,6 @@ Letters: N images or rows, M rows of the test split, D numbers per row, K classe
 G group elements, H W space.
 """
 import argparse
-import dataclasses
 import io
 import json
 import math
@@ -62,7 +61,7 @@ def write_checkpoint(path, checkpoint):
 
 
 def read_checkpoint(path):
-    """Read a checkpoint to the CPU: a dict with at least encoder, a state, and settings, a dict.
+    """Read a checkpoint to the CPU: a dict with at least encoder, a state.
 
     Only tensors and plain values are read, so that no file can run code. Raises a ValueError, in
     one line, if the file is missing, damaged, or not such a checkpoint.
@@ -71,8 +70,8 @@ def read_checkpoint(path):
         # torch.load compares no checksums.
         damaged = zipfile.ZipFile(path).testzip()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if damaged or not {"encoder", "settings"} <= checkpoint.keys():
-            raise ValueError("wrong checksum, or no encoder and settings in it")
+        if damaged or "encoder" not in checkpoint:
+            raise ValueError("wrong checksum, or no encoder in it")
     except Exception as error:
         # A damaged file can make the readers fail in any way.
         raise ValueError(f"{path} is missing, damaged, or holds more than tensors and plain "
@@ -85,11 +84,13 @@ def make_encoder(settings):
     return layers.make_encoder(**{name: settings[name] for name in ENCODER_SETTINGS})
 
 
-def encoder_of(checkpoint, path):
-    """The trained encoder of what `read_checkpoint` read from path, in evaluation mode.
+def load_run(folder):
+    """The trained encoder of a run's folder, in evaluation mode, and the checkpoint that holds it.
 
-    Raises a ValueError, in one line, if it does not fit.
+    Raises a ValueError, in one line, for a checkpoint that is missing, damaged or does not fit.
     """
+    path = f"{folder}/checkpoint.pt"
+    checkpoint = read_checkpoint(path)
     try:
         # The initial weights are overwritten, so drawing them must not advance the caller's
         # random numbers.
@@ -97,32 +98,31 @@ def encoder_of(checkpoint, path):
             encoder = make_encoder(checkpoint["settings"])
         encoder.load_state_dict(checkpoint["encoder"])
     except Exception as error:
-        # Foreign settings and states can fail in any way, too.
         raise ValueError(f"{path} does not fit this program: {error!r:.200}") from None
-    return encoder.eval()
+    return encoder.eval(), checkpoint
 
 
 def load_encoder(folder):
     """The trained encoder of a run's folder, in evaluation mode, and the run's settings, a dict.
 
     It takes images (B, C, H, W) as `data.Dataset.batch` normalises them, and gives features
-    (B, C', G, H', W'). Raises a ValueError, in one line, for a checkpoint that is missing, damaged
-    or does not fit.
+    (B, C', G, H', W'). Errors as for `load_run`.
     """
-    path = f"{folder}/checkpoint.pt"
-    checkpoint = read_checkpoint(path)
-    return encoder_of(checkpoint, path), checkpoint["settings"]
+    encoder, checkpoint = load_run(folder)
+    return encoder, checkpoint["settings"]
 
 
 def load_data(settings, device, data_dir=None, cache_dir=None):
     """The data set of a run's settings; data_dir and cache_dir in place of its own folders."""
-    names = ("train_images", "image_size", "validate", "seed")
     return datasets.load(
         settings["dataset"],
         data_dir or settings["data_dir"],
         cache_dir or settings["cache_dir"],
         device,
-        **{name: settings[name] for name in names},
+        settings["train_images"],
+        settings["image_size"],
+        settings["validate"],
+        settings["seed"],
     )
 
 
@@ -185,13 +185,8 @@ def split_training(data):
     """
     total = len(data.train_images)
     test, rest = hold_out(total)
-    train = rest[:min(10_000, math.ceil(total / 5))]
-    fields = {}
-    for kind in ("images", "labels", "files"):
-        whole = getattr(data, f"train_{kind}")
-        fields[f"train_{kind}"] = whole[train]
-        fields[f"test_{kind}"] = whole[test]
-    return dataclasses.replace(data, **fields)
+    fifth = math.ceil(total / 5)
+    return data.subset(rest[:min(10_000, fifth)], test)
 
 
 # ----------------------------------------------------------------------------- measures
@@ -206,8 +201,14 @@ def effective_rank(x):
     return torch.special.entr(shares).sum().exp().item()
 
 
-def neighbours(x, labels, queries, answers, classes, k=20, temperature=0.1):
-    """Top-1 in percent of a vote of the k nearest of x (N, D), for queries (M, D).
+def percent_right(scores, answers):
+    """How many of the rows of scores (M, K) have their largest at answers (M,), in percent."""
+    hits = scores.argmax(1) == answers
+    return 100 * hits.sum().item() / len(hits)
+
+
+def neighbours(x, labels, queries, answers, classes, temperature=0.1):
+    """Top-1 in percent of a vote of the 20 nearest of x (N, D), for queries (M, D).
 
     Near is a high cosine similarity s after centring; a vote weighs exp(s/τ) (Wu et al., 2018).
     labels (N,) are below classes; answers (M,) may hold -1, which nothing matches.
@@ -215,13 +216,12 @@ def neighbours(x, labels, queries, answers, classes, k=20, temperature=0.1):
     mean = x.mean(0)
     x = F.normalize(x - mean, dim=1)
     queries = F.normalize(queries - mean, dim=1)
-    similarity, nearest = (queries @ x.T).topk(min(k, len(x)))                      # (M, k)
+    similarity, nearest = (queries @ x.T).topk(min(20, len(x)))                     # (M, 20)
     # The nearest comes first. Without it the exponential overflows for a small temperature.
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
     votes = weights.new_zeros(len(queries), classes)
     votes.scatter_add_(1, labels[nearest], weights)
-    hits = votes.argmax(1) == answers
-    return 100 * hits.sum().item() / len(hits)
+    return percent_right(votes, answers)
 
 
 def standardise(x, *others):
@@ -289,19 +289,7 @@ def linear_classifier(x, labels, x_test, answers, classes):
         weights = fit
         best = penalty
     weights, _ = softmax_regression(x, labels, best, weights)
-    hits = (x_test @ weights).argmax(1) == answers
-    return 100 * hits.sum().item() / len(hits)
-
-
-def measure(x, labels, x_test, answers, classes):
-    """top1, neighbours and effective_rank of features, a dict; see `evaluate`."""
-    sample = fixed_order(len(x))[:10_000]
-    rank = round(effective_rank(x[sample]), 2)
-    result = dict(top1=None, neighbours=None, effective_rank=rank)
-    if classes:
-        result["top1"] = linear_classifier(x, labels, x_test, answers, classes)
-        result["neighbours"] = neighbours(x[sample], labels[sample], x_test, answers, classes)
-    return result
+    return percent_right(x_test @ weights, answers)
 
 
 def evaluate(encoder, data, grid=2, amp="off", update_statistics=False):
@@ -334,30 +322,35 @@ def evaluate(encoder, data, grid=2, amp="off", update_statistics=False):
     # A mean over positions is finite only where every position is.
     finite = train_means.isfinite().all(1)
     test_finite = test_means.isfinite().all(1)
-    dropped = (~finite).sum().item()
-    wrong = (~test_finite).sum().item()
+    labels = data.train_labels[finite]
+    answers = data.test_labels.where(test_finite, -1)
+    dropped = len(train) - len(labels)
+    wrong = len(test) - test_finite.sum().item()
     result = dict(dimensions=train.shape[1], train_images=len(train), test_images=len(test))
     if dropped or wrong:
         result["not_finite"] = dropped + wrong
         print(f"features that are not finite: {dropped} training images are left out, "
               f"{wrong} test images count as wrong", flush=True)
-    if not finite.any():
+    if len(labels) == 0:
         raise ValueError("no training image has finite features: there is nothing to measure")
 
-    labels = data.train_labels[finite]
-    answers = data.test_labels.where(test_finite, -1)
     classes = labels.max().item() + 1           # 0 where all labels are -1
     if classes and labels.min() == labels.max():
         print("all training images are of one class: there is nothing to classify", flush=True)
         classes = 0
 
-    measures = measure(train[finite], labels, test, answers, classes)
-    of_means = measures
-    if grid != 1:
-        of_means = measure(train_means[finite], labels, test_means, answers, classes)
-    for name, value in of_means.items():
-        result[f"mean_{name}"] = value
-    return measures | result
+    sample = fixed_order(len(labels))[:10_000]
+    for prefix, x, x_test in (("", train, test), ("mean_", train_means, test_means)):
+        x = x[finite]
+        top1 = None
+        vote = None
+        if classes:
+            top1 = linear_classifier(x, labels, x_test, answers, classes)
+            vote = neighbours(x[sample], labels[sample], x_test, answers, classes)
+        result[f"{prefix}top1"] = top1
+        result[f"{prefix}neighbours"] = vote
+        result[f"{prefix}effective_rank"] = round(effective_rank(x[sample]), 2)
+    return result
 
 
 # ----------------------------------------------------------------------------- results
@@ -396,12 +389,8 @@ def write_features(path, encoder, data, grid, amp):
 
 def probe_run(folder, device, data_dir, cache_dir, features):
     """What the command does. Raises a ValueError or an OSError, in one line, for bad input."""
-    path = f"{folder}/checkpoint.pt"
-    checkpoint = read_checkpoint(path)
-    encoder = encoder_of(checkpoint, path)
+    encoder, checkpoint = load_run(folder)
     settings = checkpoint["settings"]
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     amp = settings["amp"]
     if device != settings["device"]:
         amp = "off"                             # It was chosen for the run's device.
@@ -431,7 +420,8 @@ def main(argv=None):
     parser.add_argument("folder", metavar="RUN", help="a run's folder, the --out of train.py")
     parser.add_argument("--data-dir", help="where the data set is (default: as in the run)")
     parser.add_argument("--cache-dir", help="where decoded images are (default: as in the run)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a GPU)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a GPU)",
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--features", metavar="FILE.npz", help="write the features there, no more")
     args = parser.parse_args(argv)
     try:

@@ -37,9 +37,18 @@ def status_of(program, *arguments):
     return stop.value.code
 
 
-def draw_few_glyphs(patch, draw=data.glyphs):
+def refusal(capsys, program, *arguments):
+    """The one line, but for argparse's usage, with which a function ends the program, status 2."""
+    capsys.readouterr()
+    assert status_of(program, *arguments) == 2
+    *usage, line = capsys.readouterr().err.splitlines()
+    assert usage == [] or len(usage) == 1 and usage[0].startswith("usage: ")
+    return line
+
+
+def draw_few_glyphs(patch, seed=0, draw=data.glyphs):
     """--dataset glyphs has 200 training and 100 test images: where the numbers do not matter."""
-    few = draw(train=200, test=100)
+    few = draw(train=200, test=100, seed=seed)
 
     def glyphs():
         return few

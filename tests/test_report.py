@@ -1,11 +1,12 @@
 """experiments/report.py: its statistics, its tables, and the tables in the documents."""
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
+import benchmark
+import equivariance
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,23 +160,43 @@ def test_committed_results_are_printed(path):
         assert run["commit"] in text
 
 
-def marked_tables(text):
-    """What report.py prints for each `<!-- report.py ARGUMENTS -->`, and the text that follows."""
-    for marker in re.finditer(r"<!-- report\.py (.+?) -->\n+", text):
-        args = report.parse(shlex.split(marker[1]))
-        yield report.table(**vars(args)), text[marker.end():]
+# What a marker in a document stands for: tables that follow it, and numbers of the next paragraph.
+MARKER = re.compile(r"<!-- (table|numbers) of (.+?) -->\n+")
 
 
-@pytest.mark.parametrize("document, least", (("README.md", 0), ("experiments/README.md", 3)))
-def test_results_in_the_documents_are_those_of_the_files(document, least):
-    """Marked tables are what report.py prints; no other table has deviations or intervals."""
+def printed(capsys, words):
+    """What the scripts print for the words of a marker, from the committed files."""
+    name, *_ = words
+    path = report.RESULTS / f"{name}.json"
+    if name.startswith("benchmark"):
+        return "\n".join(map(benchmark.table_line, json.loads(path.read_text())["records"]))
+    if name.startswith("equivariance"):
+        (columns,) = json.loads(path.read_text())["tables"].values()
+        equivariance.print_table(columns)
+        return capsys.readouterr().out.strip()
+    return report.table(**vars(report.parse(words)))
+
+
+@pytest.mark.parametrize("document, least", (("README.md", 1), ("experiments/README.md", 8)))
+def test_results_in_the_documents_are_those_of_the_files(document, least, capsys):
+    """Marked tables are what the scripts print; marked numbers are in what they print.
+
+    No other table and no other sentence has deviations or intervals.
+    """
     text = (ROOT / document).read_text()
-    tables = list(marked_tables(text))
-    assert len(tables) >= least
-    printed = []
-    for table, following in tables:
-        assert following.startswith(table + "\n")
-        printed += table.splitlines()
-    for line in text.splitlines():
-        if line.startswith("|") and re.search(r"\d ± \d|\[[+−]\d", line):
-            assert line in printed, f"no marked table holds: {line}"
+    rest = text
+    markers = list(MARKER.finditer(text))
+    assert len(markers) >= least
+    for marker in markers:
+        kind, words = marker.groups()
+        block = text[marker.end():].partition("\n\n")[0]
+        rest = rest.replace(block, "")
+        if kind == "table":
+            assert block == printed(capsys, words.split())
+        else:
+            known = "".join(printed(capsys, [name]) for name in words.split())
+            numbers = re.findall(r"[+−]?\d+\.\d\d", block)
+            assert numbers
+            for number in numbers:
+                assert number in known, f"{number} of {block}"
+    assert not re.search(r"\d ± \d|\[[+−]\d", rest)
