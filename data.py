@@ -343,8 +343,8 @@ def _decode(path, side):
             return "not a regular file"
         with Image.open(path) as image:
             image.load()  # turns a TIFF by itself, and reads metadata that follow the pixels
-            # The orientation is read here, and the rest of the EXIF goes: exif_transpose would write
-            # it anew, which fails if one number in it is broken.
+            # The orientation is read here, and the rest of the EXIF goes: exif_transpose would
+            # write it anew, which fails if one number in it is broken.
             image.getexif()
             image.info.pop("exif", None)
             image = ImageOps.exif_transpose(image)
