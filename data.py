@@ -37,7 +37,7 @@ EXTENSIONS = (".jpg .jpeg .jpe .jfif .mpo .png .webp .tif .tiff .bmp .gif .ppm .
 CACHE_FORMAT = 1  # to be raised whenever the same files would give other pixels
 
 
-@dataclass
+@dataclass(frozen=True)
 class Dataset:
     """Two splits of images, and what they are normalised by.
 
@@ -136,10 +136,11 @@ def load(name, folder="datasets", cache_dir="datasets", device="cpu", train_imag
     if keep < rest:
         drawn = np.random.default_rng(seed).permutation(rest)[:keep]
         data = data.subset(np.sort(drawn))
+    on_device = {}
     for field, value in vars(data).items():
         if torch.is_tensor(value):
-            setattr(data, field, value.to(device))
-    return data
+            on_device[field] = value.to(device)
+    return replace(data, **on_device)
 
 
 # ------------------------------------------------------------------ data sets that are downloaded
@@ -224,14 +225,15 @@ def image_folder(folder, cache_dir, side):
     # Where both are there, train and not Train.
     parent_of_split = {parent.lower(): parent for parent in sorted(parents)}
     splits = []
+    class_names = []
     if "train" in parent_of_split:
         # The training folder and the first test folder; others are not used.
         splits = [parent_of_split[name] for name in SPLITS if name in parent_of_split][:2]
         unused = sorted(parents.difference(splits))
         if unused:
             print(f"{folder}: not used, though they hold images: {unused}")
-    named = {parts[1] for parts in files if parts[0] in splits[:1] and len(parts) > 2}
-    class_names = sorted(named)
+        named = {parts[1] for parts in files if parts[0] == splits[0] and len(parts) > 2}
+        class_names = sorted(named)
     # A folder that cannot be listed matters if it is used, or could be the missing test folder.
     for error in errors:
         if not splits:
@@ -243,8 +245,9 @@ def image_folder(folder, cache_dir, side):
     class_of_test_file = {}
     annotations = folder.joinpath(*splits[1:], "val_annotations.txt")
     if annotations.exists():
-        text = annotations.read_text(encoding="utf-8-sig")
-        class_of_test_file = dict(re.findall(r"^(.+?)\t([^\t\n]+)", text, re.MULTILINE))
+        for line in annotations.read_text(encoding="utf-8-sig").splitlines():
+            name, _, rest = line.partition("\t")
+            class_of_test_file[name] = rest.split("\t")[0]
 
     label_of_class = {name: label for label, name in enumerate(class_names)}
     rows = []
@@ -282,8 +285,10 @@ def image_folder(folder, cache_dir, side):
     files = np.array(paths)
     labels = torch.tensor(labels)
     n = is_test.count(False)
-    print(f"{folder}: {n} training images, {len(rows) - n} test images "
-          f"({' '.join(splits[1:]) or 'about a tenth, held out by name'}), "
+    test_name = "about a tenth, held out by name"
+    if len(splits) == 2:
+        test_name = splits[1]
+    print(f"{folder}: {n} training images, {len(rows) - n} test images ({test_name}), "
           f"{len(class_names) or 'no (they need train/CLASS/...)'} classes{report}", flush=True)
     return Dataset(images[:n], labels[:n], files[:n], images[n:], labels[n:], files[n:],
                    class_names, mean, std)
@@ -344,9 +349,10 @@ def _decode(path, side):
         with Image.open(path) as image:
             image.load()  # turns a TIFF by itself, and reads metadata that follow the pixels
             # The orientation is read here, and the rest of the EXIF goes: exif_transpose would
-            # write it anew, which fails if one number in it is broken.
+            # write it anew, which fails if one entry has the wrong type.
             image.getexif()
-            image.info.pop("exif", None)
+            for key in ("exif", "Raw profile type exif"):
+                image.info.pop(key, None)
             image = ImageOps.exif_transpose(image)
             if image.mode[0] == "I":  # convert() would clip 16 bits
                 values = np.asarray(image) / 257

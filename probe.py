@@ -61,7 +61,7 @@ def write_checkpoint(path, checkpoint):
 
 
 def read_checkpoint(path):
-    """Read a checkpoint to the CPU: a dict with at least encoder, a state.
+    """Read a checkpoint to the CPU: a dict that holds at least `encoder`, a state_dict.
 
     Only tensors and plain values are read, so that no file can run code. Raises a ValueError, in
     one line, if the file is missing, damaged, or not such a checkpoint.
@@ -70,7 +70,7 @@ def read_checkpoint(path):
         # torch.load compares no checksums.
         damaged = zipfile.ZipFile(path).testzip()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if damaged or "encoder" not in checkpoint:
+        if damaged or "encoder" not in checkpoint.keys():
             raise ValueError("wrong checksum, or no encoder in it")
     except Exception as error:
         # A damaged file can make the readers fail in any way.
@@ -119,10 +119,10 @@ def load_data(settings, device, data_dir=None, cache_dir=None):
         data_dir or settings["data_dir"],
         cache_dir or settings["cache_dir"],
         device,
-        settings["train_images"],
-        settings["image_size"],
-        settings["validate"],
-        settings["seed"],
+        train_images=settings["train_images"],
+        image_size=settings["image_size"],
+        validate=settings["validate"],
+        seed=settings["seed"],
     )
 
 
@@ -202,7 +202,7 @@ def effective_rank(x):
 
 
 def percent_right(scores, answers):
-    """How many of the rows of scores (M, K) have their largest at answers (M,), in percent."""
+    """How many rows of scores (M, K) are largest at their answer, of answers (M,), in percent."""
     hits = scores.argmax(1) == answers
     return 100 * hits.sum().item() / len(hits)
 
@@ -292,6 +292,17 @@ def linear_classifier(x, labels, x_test, answers, classes):
     return percent_right(x_test @ weights, answers)
 
 
+def measure(x, labels, x_test, answers, classes):
+    """top1, neighbours and effective_rank of features, a dict; see `evaluate`."""
+    sample = fixed_order(len(x))[:10_000]
+    result = dict(top1=None, neighbours=None)
+    if classes:
+        result["top1"] = linear_classifier(x, labels, x_test, answers, classes)
+        result["neighbours"] = neighbours(x[sample], labels[sample], x_test, answers, classes)
+    result["effective_rank"] = round(effective_rank(x[sample]), 2)
+    return result
+
+
 def evaluate(encoder, data, grid=2, amp="off", update_statistics=False):
     """Measure a frozen encoder, images (B, C, H, W) -> features (B, C', G, H', W'); a dict of
 
@@ -339,18 +350,13 @@ def evaluate(encoder, data, grid=2, amp="off", update_statistics=False):
         print("all training images are of one class: there is nothing to classify", flush=True)
         classes = 0
 
-    sample = fixed_order(len(labels))[:10_000]
-    for prefix, x, x_test in (("", train, test), ("mean_", train_means, test_means)):
-        x = x[finite]
-        top1 = None
-        vote = None
-        if classes:
-            top1 = linear_classifier(x, labels, x_test, answers, classes)
-            vote = neighbours(x[sample], labels[sample], x_test, answers, classes)
-        result[f"{prefix}top1"] = top1
-        result[f"{prefix}neighbours"] = vote
-        result[f"{prefix}effective_rank"] = round(effective_rank(x[sample]), 2)
-    return result
+    measures = measure(train[finite], labels, test, answers, classes)
+    of_means = measures
+    if grid != 1:
+        of_means = measure(train_means[finite], labels, test_means, answers, classes)
+    for name, value in of_means.items():
+        result[f"mean_{name}"] = value
+    return measures | result
 
 
 # ----------------------------------------------------------------------------- results

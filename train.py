@@ -345,7 +345,7 @@ def find_checkpoint(settings):
             raise ValueError(f"{out} holds other files, but no checkpoint.pt: take another --out")
         return None
     checkpoint = probe.read_checkpoint(out / "checkpoint.pt")
-    if "objective" not in checkpoint:
+    if not {"objective", "settings"} <= checkpoint.keys():
         raise ValueError(f"{out / 'checkpoint.pt'} holds an encoder, but no training to continue")
     for name, value in settings.items():
         before = checkpoint["settings"].get(name)

@@ -59,6 +59,7 @@ def seconds(function, device):
 
 
 def start_of(event):
+    """An event's time, to sort by."""
     return event.start_ns()
 
 
@@ -259,10 +260,12 @@ def epoch_row(args, steps=10):
                 mock.patch.object(probe, "load_data", return_value=data), \
                 mock.patch.object(datasets, "epoch_plan", epoch_plan):
             train.main(settings)
-    spans = [end - start for start, end in zip(times, times[1:])]    # bare, whole, bare, ...
+    spans = [end - start for start, end in zip(times, times[1:])]
+    bare = spans[0::2]
+    whole = spans[1::2]
     title = f"epoch of train.py / {steps} bare steps, {in_words(amp)}"
-    # The first epoch, and the steps before it, set things up. No time is taken after the last.
-    yield dict(title=title, seconds=spans[3::2], reference_seconds=spans[2:-1:2])
+    # The first of both set things up; after the last bare steps no time is taken.
+    yield dict(title=title, seconds=whole[1:], reference_seconds=bare[1:-1])
 
 
 ROWS = dict(step=step_row, form=form_row, convolution=convolution_row, lars=lars_row,
@@ -287,13 +290,16 @@ def main(argv=None):
     add("--rows", nargs="+", choices=ROWS, default=ROWS, help="(all)")
     add("--device", choices=("cpu", "cuda"), default=device, help="(cuda if there is a GPU)")
     add("--batch-size", type=int, help="images a step (cuda: 4096, cpu: 64)")
-    add("--amp", nargs="+", choices=("off", "bfloat16", "float16"), default=["off", "bfloat16"],
-        help="precisions of step and form (off bfloat16)")
+    add("--amp", nargs="+", choices=("off", "bfloat16", "float16"),
+        help="precisions of step and form; epoch has the first (cuda: float16, cpu: off bfloat16)")
     add("--repeats", type=int, default=3, help="times of each side (3)")
     add("--results", type=Path, default=report.RESULTS, help="folder of the JSON file")
     args = parser.parse_args(argv)
     if args.batch_size is None:
         args.batch_size = 4096 if args.device == "cuda" else 64
+    if args.amp is None:
+        args.amp = ["float16"] if args.device == "cuda" else ["off", "bfloat16"]
+    args.results.mkdir(parents=True, exist_ok=True)
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")    # the profiler looks for GPUs, and says so
     # As train.py does it: shapes stay, so a search is worth it; and float32 means float32.
@@ -306,10 +312,10 @@ def main(argv=None):
         for record in ROWS[row](args):
             print(table_line(record), flush=True)
             records.append(dict(row=row) | record)
-    commit, _ = tables.commit()
-    content = dict(device=args.device, machine=tables.machine(), torch=torch.__version__,
-                   commit=commit, batch_size=args.batch_size, repeats=args.repeats,
-                   records=records)
+    commit, dirty = tables.commit()
+    content = dict(device=args.device, machine=tables.machine(args.device),
+                   torch=torch.__version__, commit=commit, dirty=dirty,
+                   batch_size=args.batch_size, repeats=args.repeats, records=records)
     path = args.results / f"benchmark-{args.device}.json"
     probe.write_whole(path, json.dumps(content, indent=1).encode() + b"\n")
 

@@ -10,8 +10,8 @@ moves its last layer's features, and images (B, C, H, W), normalised.
 The error of the first layers f, ‖f(T_g x) - Γ_g f(x)‖ / ‖Γ_g f(x)‖, is averaged over all elements g
 but the identity: 0 up to rounding is exact, about 1.4 is unrelated. Rotation and scale are compared
 on the base space; translation on the whole map, with the zeros that enter at its border. A layer is
-left out where its features are no (B, C, G, H, W), for translation (B, C, H, W), or its map's side
-does not divide the image's. A network that is no nn.Sequential counts as one layer.
+left out where its features are not (B, C, G, H, W) (for translation (B, C, H, W) will do), or where
+its map's side does not divide the image's. A network that is no nn.Sequential counts as one layer.
 """
 import argparse
 import importlib
@@ -47,6 +47,9 @@ def layer_error(f, group, x):
         return None
     elements = group.elements
     elements = elements[elements.reshape(len(elements), -1).any(1)]    # all but the identity
+    if len(elements) == 0:
+        raise ValueError("the group has no element but the identity, so nothing moves: take a "
+                         "smaller base space")
     if not isinstance(group, Translation):
         return equivariance_error(f, group, x, elements, on_base=True).mean().item()
 
@@ -65,7 +68,7 @@ def layer_errors(network, group, x):
     """The error after every layer in evaluation mode: {layer's name: error}."""
     last = []
     if isinstance(network, Untied):
-        # The last two take the place of its forward, which works after any layer.
+        # In place of Untied's own forward: these two work after any layer.
         last = [nn.Flatten(1, 2), nn.Unflatten(1, (-1, network.group_size))]
         network = network.network
     elif isinstance(group, Translation):
@@ -108,7 +111,7 @@ def run_before_and_after(folder, images=200):
     trained, settings = probe.load_encoder(folder)
     data = probe.load_data(settings, "cpu")
     torch.manual_seed(settings["seed"])    # the weights that train.py began with
-    whole_images = settings | dict(crop=False)
+    whole_images = settings | dict(crop=False)    # features are shifted; a crop has no Γ
     fresh, group = train.make_encoder_and_group(argparse.Namespace(**whole_images))
     probe.take_statistics(fresh, data)
     x = data.batch(data.test_images, torch.arange(min(images, len(data.test_images))))
@@ -139,8 +142,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         for name in args.names:
+            print(f"\n{name}")
             print_table(measure(name))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, AttributeError) as error:
         parser.exit(2, f"equivariance.py: {error}\n")
     if not args.names:
         torch.manual_seed(0)

@@ -131,24 +131,26 @@ def curves(args):
     loss_axes, *panels = grid.flat
     loss_axes.set(title="loss", xlabel="epoch")
     folders = args.runs or sorted(report.RESULTS.glob("paper/*"))
+    if not folders:
+        raise ValueError("there are no runs in results/paper: name a run's folder")
     for number, folder in enumerate(folders):
         run = report.read_run(folder)
         colour = COLOURS[run["method"]]
         looks = run["looks"]
-        if not looks:
-            raise ValueError(f"{folder} has no curve: train with --eval-every")
+        before = run["frozen"].get("held_out")
+        if not looks or before is None:
+            raise ValueError(f"{folder} has no curve: train with --eval-every from the start")
         steps_per_epoch = looks[0]["step"] / looks[0]["epoch"]
         steps, losses = zip(*run["losses"])
         epochs = [step / steps_per_epoch for step in steps]
         loss_axes.plot(epochs, losses, color=colour, linewidth=1.3)
         for axes, (name, title) in zip(panels, measures.items()):
             axes.set(title=title, xlabel="epoch")
-            frozen = run["frozen"]["held_out"][name]
             epochs = [0] + [look["epoch"] for look in looks]
-            values = [frozen] + [look[name] for look in looks]
+            values = [before[name]] + [look[name] for look in looks]
             axes.plot(epochs, values, color=colour, label=run["method"], linewidth=1.3, marker=".")
             if number == 0:
-                axes.axhline(frozen, color=GREY, linestyle="--", label="frozen")
+                axes.axhline(before[name], color=GREY, linestyle="--", label="frozen")
     panels[0].legend(fontsize=8)
     figure.tight_layout()
     return {"curves": figure}

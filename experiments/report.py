@@ -178,7 +178,7 @@ def mean_cell(found, digits=2):
 
 
 def difference_cell(a, b):
-    """`paired` as a cell."""
+    """The mean of a - b with its interval, as a cell."""
     n, mean, error = paired(a, b)
     if n == 0:
         return "–"
@@ -240,12 +240,13 @@ def differences(runs, name):
         label = f"{row} − {other}"
         if frozen:
             label = f"{row} − frozen"
+        n, _, _ = paired(values(runs, row, "top1"), values(runs, other, "top1", frozen))
         cells = []
         for title in titles:
             a = values(runs, row, MEASURES[title])
             b = values(runs, other, MEASURES[title], frozen)
             cells.append(difference_cell(a, b))
-        lines.append(line(label, str(paired(a, b)[0]), *cells))
+        lines.append(line(label, str(n), *cells))
     return lines
 
 

@@ -154,7 +154,7 @@ def run(args):
     objective.to(args.device)
     pairs = pairs.to(args.device)
     encoder = objective.encoder
-    train.find_checkpoint(vars(args))    # which raises where a finished run is
+    train.find_checkpoint(vars(args))    # refuses a folder that holds a finished run
     out = Path(args.out)
     config = json.dumps(vars(args) | dict(torch=torch.__version__)) + "\n"
     probe.write_whole(out / "config.json", config.encode())

@@ -22,7 +22,7 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ AUGMENTED = "experiments/simclr.py --method h-ssl"
 
 
 def table1(settings):
-    """settings: the flags of each group."""
+    """Each method for each group; settings: a group's flags."""
     rows = {}
     for group, flags in settings.items():
         for method in ("a-ssl", "h-ssl", "supervised"):
@@ -70,6 +70,7 @@ def table1(settings):
 
 
 def untied(settings):
+    """Each row with and without structure."""
     rows = {}
     for group, flags in settings.items():
         for method in ("a-ssl", "h-ssl"):
@@ -116,7 +117,7 @@ WORK = {
 # table -> row -> flags of train.py, or another script and its flags
 TABLES = {
     "mnist": table1(SMALL),
-    "untied-mnist": untied({group: SMALL[group] for group in GLYPHS}),
+    "untied-mnist": untied({"translation": SMALL["translation"], "rotation": SMALL["rotation"]}),
     "untied-glyphs": untied(GLYPHS),
     "base-space": sweep(f"{NARROW} --epochs 8", "--base-space", "--max-distance 2"),
     "distance": sweep(f"{NARROW} --epochs 8", "--max-distance", "--base-space 2"),
@@ -137,9 +138,9 @@ TABLES = {
 
 # ----------------------------------------------------------------------------- training
 
-def machine():
+def machine(device):
     """The machine's GPUs or processor, in words."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}"
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
@@ -152,8 +153,11 @@ def commit():
 
 
 def git(*arguments):
-    """What git prints here; nothing where there is no repository."""
-    finished = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    """What git prints here; nothing without git, or outside a repository."""
+    try:
+        finished = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
     return finished.stdout.strip()
 
 
@@ -187,13 +191,14 @@ def train_row(args, row, seed):
         seed=seed,
         commit=head,
         dirty=dirty,
-        machine=machine(),
     )
     start = time.perf_counter()
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     if finished.returncode != 0:
         raise ValueError(f"{shlex.join(command)} failed:\n{finished.stderr}")
     about["seconds"] = round(time.perf_counter() - start, 1)
+    settings = json.loads((out / "config.json").read_text())
+    about["machine"] = machine(settings["device"])
     record = report.read_run(out) | about
     (out / "run.json").write_text(json.dumps(record) + "\n")
     print(f"{row}, seed {seed}: {record['frozen']['top1']} -> {record['top1']}", file=sys.stderr)
@@ -204,10 +209,12 @@ def finished_runs(args, path):
 
     Raises a ValueError if one of them was made with other flags.
     """
-    texts = [file.read_text() for file in Path(args.runs, args.name).glob("*/run.json")]
-    records = [json.loads(text) for text in texts]
+    records = []
     if path.exists():
         records += json.loads(path.read_text())["runs"]
+    # A run in the folder of runs is the newer one.
+    for file in Path(args.runs, args.name).glob("*/run.json"):
+        records.append(json.loads(file.read_text()))
     rows = list(args.rows)
     runs = {}
     for record in records:
@@ -222,30 +229,36 @@ def finished_runs(args, path):
 def train_table(args):
     """Train the chosen rows for the chosen seeds and write the JSON file; args are `parse`'s.
 
-    Raises a ValueError if a run fails, or others were made with other flags. What has finished is
-    written all the same.
+    Raises a ValueError if a run fails, which ends the table, or if others were made with other
+    flags. What has finished is written all the same.
     """
     path = Path(args.results, f"{args.name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     finished_runs(args, path)
     # Download now, not in several runs at once.
     _, words = split_script(args.rows[args.chosen[0]])
     datasets.load(words[words.index("--dataset") + 1], args.data_dir)
 
+    jobs = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(train_row, args, row, seed)
-                for seed in args.seeds for row in args.chosen]
+        for seed in args.seeds:
+            for row in args.chosen:
+                jobs.append(pool.submit(train_row, args, row, seed))
+        wait(jobs, return_when=FIRST_EXCEPTION)
+        pool.shutdown(cancel_futures=True)
     runs = finished_runs(args, path)
     if runs:
         probe.write_whole(path, json.dumps(dict(runs=runs), indent=1).encode())
     for job in jobs:
-        job.result()
+        if not job.cancelled():
+            job.result()    # raises what went wrong
     return runs
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, usage="tables.py NAME [--seeds 0 1 2] [--jobs 1] [--help] ...")
+        allow_abbrev=False, usage="tables.py NAME [--seeds 0 1 2] [--jobs 2] [--help] ...")
     add = parser.add_argument
     add("name", metavar="NAME", choices=TABLES, help="of the table")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")

@@ -38,7 +38,8 @@ def status_of(program, *arguments):
 
 
 def refusal(capsys, program, *arguments):
-    """The one line, but for argparse's usage, with which a function ends the program, status 2."""
+    """The one line with which a function ends the program, status 2; argparse's usage may stand
+    before it."""
     capsys.readouterr()
     assert status_of(program, *arguments) == 2
     *usage, line = capsys.readouterr().err.splitlines()

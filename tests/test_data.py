@@ -170,6 +170,7 @@ def test_files_that_do_not_belong_together_or_are_being_extracted(tmp_path):
 def test_a_server_that_says_nothing(tmp_path, monkeypatch, capsys, name, words):
     """It accepts a connection and is silent: a line at the start, and at the end another, which
     says what to put where by hand."""
+    socket.setdefaulttimeout(321)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}/"
         monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.2)
@@ -181,7 +182,8 @@ def test_a_server_that_says_nothing(tmp_path, monkeypatch, capsys, name, words):
         monkeypatch.setenv("no_proxy", "*")
         with pytest.raises(ValueError, match=f"timed out.*{words}") as error:
             data.load(name, tmp_path / "new")
-    assert socket.getdefaulttimeout() is None
+    assert socket.getdefaulttimeout() == 321
+    socket.setdefaulttimeout(None)
     message = str(error.value)
     assert "\n" not in message and str(tmp_path / "new") in message
     assert "downloading" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 """What the number of processes must not change: loss, gradient, batches, views, and --resume."""
+import json
 import shutil
 from pathlib import Path
 
@@ -144,6 +145,11 @@ def test_batches_and_views_do_not_depend_on_the_processes(world, folder):
             assert torch.equal(alone[step][i], together)
     epoch = torch.cat([alone[0][0], alone[1][0], alone[2][0]])
     assert len(epoch.flatten(1).unique(dim=0)) == 192
+    lines = log_of(folder / f"run-{world}")
+    expected = log_of(folder / "run-1")
+    for name in ("step", "lr"):
+        assert [line[name] for line in lines] == [line[name] for line in expected]
+    assert json.loads((folder / f"run-{world}" / "config.json").read_text())["processes"] == world
 
 
 def test_torchrun_resumes(folder, tmp_path):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hssl import Rotation, equivariance_error
 from layers import (DenseBackbone, GroupConv2d, LiftingConv2d, MNISTBackbone, ResidualBackbone,
                     Untied, make_encoder, steerable_basis)
 
@@ -135,13 +136,15 @@ def sesn_mnist(f, x):
     return norm(f[5][1], x.relu())
 
 
-def sesn_residual(f, x):
+def sesn_residual(f, x, stride=False):
     """SESN's wide residual network up to its maximum over scales, with the weights of f and with
-    means in place of strides."""
+    2x2 means, or its own strides."""
     x = convolution(f[0], x)
     for block in list(f)[1:-1]:
         y = norm(block.activate[0], x).relu()
-        if len(block.activate) == 3:
+        if len(block.activate) == 3 and stride:
+            y = y[..., ::2, ::2]
+        elif len(block.activate) == 3:
             y = F.avg_pool3d(y, (1, 2, 2))
         if block.shortcut is not None:
             x = F.conv3d(y, block.shortcut[0].weight[:, :, None])
@@ -169,6 +172,24 @@ def test_the_networks_are_sesn_s(backbone, sesn):
     gradient = torch.autograd.grad((y * weight).sum(), x)
     expected = torch.autograd.grad((expected * weight).sum(), x)
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_strides_would_break_quarter_turns():
+    """At 32 pixels, where the network itself is exact."""
+    def strided(x):
+        return sesn_residual(f, x, stride=True)
+
+    f = make_encoder("residual", "rotation", 4, WIDTHS["residual"], (3, 32), extent=1)
+    x = torch.randn(2, 3, 32, 32)
+    group = Rotation(4)
+    assert equivariance_error(f, group, x).max() < 1e-10
+    assert equivariance_error(strided, group, x, group.elements[1:]).min() > 0.1
+
+
+def test_number_of_parameters_is_sesn_s():
+    """For scale: 9 numbers per filter, two per batch norm channel, 1x1 shortcuts."""
+    parameters = ResidualBackbone("scale", 3).parameters()
+    assert sum(parameter.numel() for parameter in parameters) == 10_956_240
 
 
 # ------------------------------------------------------------------------------------ the encoders

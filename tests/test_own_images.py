@@ -160,7 +160,7 @@ def test_sixteen_bits_and_transparency(tmp_path):
 
 
 def test_photos_and_animations(tmp_path):
-    """MPO, CMYK, GIF, and a turned photo, whose EXIF has a resolution with the denominator 0."""
+    """MPO, CMYK, GIF, and a turned photo, whose EXIF calls its resolution a text."""
     smooth = np.zeros((SIDE, SIDE, 3), np.uint8)
     smooth[:] = np.linspace(0, 255, SIDE)[:, None]
     smooth[..., 2] = 128
@@ -172,9 +172,9 @@ def test_photos_and_animations(tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = 3
     exif[RESOLUTION] = 72.0
-    whole = struct.pack(">II", 72, 1)
-    assert whole in exif.tobytes()
-    broken = exif.tobytes().replace(whole, struct.pack(">II", 72, 0))
+    rational = struct.pack(">HH", RESOLUTION, 5)
+    assert rational in exif.tobytes()
+    broken = exif.tobytes().replace(rational, struct.pack(">HH", RESOLUTION, 2))
     turned = picture.rotate(180)
     assert_decoded(tmp_path / "turned.jpg", turned, smooth, 20, exif=broken, quality=100)
 

@@ -107,6 +107,12 @@ def spoil(run, how):
     elif how == "encoder alone":
         checkpoint = torch.load(path)
         torch.save({key: checkpoint[key] for key in ("encoder", "settings")}, path)
+    elif how == "no settings":
+        checkpoint = torch.load(path)
+        checkpoint.pop("settings")
+        torch.save(checkpoint, path)
+    elif how == "a list":
+        torch.save(["encoder", "objective"], path)
     elif how == "thesis":
         path.unlink()
         (run / "thesis.tex").write_text("years of work")
@@ -118,6 +124,8 @@ def spoil(run, how):
     ("thesis", "--resume", "no checkpoint"),
     ("cut", "--resume", "damaged"),
     ("encoder alone", "--resume", "no training"),
+    ("no settings", "--resume", "no training"),
+    ("a list", "--resume", "damaged"),
     ("other images", "--resume", "images"),
     ("run", "--resume --seed 5", "seed"),
     ("run", "--resume --widths 2 3 5", "widths"),
@@ -132,6 +140,15 @@ def test_what_is_refused(how, flags, message, undisturbed, tmp_path, monkeypatch
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert message in refusal(capsys, train_here, run, *flags.split())
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
+def test_no_room_for_the_log(tmp_path, monkeypatch, capsys):
+    def full_log(out, step):
+        return open("/dev/full", "a", buffering=1)
+
+    monkeypatch.setattr(train, "open_log", full_log)
+    assert "No space left" in refusal(capsys, train_here, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name, saved, call", (

@@ -126,7 +126,8 @@ def test_simclr_trains_a_run_that_probe_reads(method, few_glyphs, tmp_path):
 def test_simclr_ends_when_it_diverges_and_refuses_what_it_does_not_do(
         flags, code, few_glyphs, tmp_path):
     flags = [*SIMCLR, "simclr", *flags.split(), "--out", str(tmp_path)]
-    assert status_of(simclr.main, flags) == code
+    status = str(status_of(simclr.main, flags))
+    assert status.replace("inf", "nan") == str(code)    # which of them depends on the machine
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -250,6 +251,7 @@ def test_relu_before_pooling_is_the_same_function(float64):
     x = torch.randn(2, 1, 28, 28)
     network = small()
     expected = network(x)
+    torch.testing.assert_close(nn.Sequential(*network)(x), expected)    # without channels-last
     torch.testing.assert_close(benchmark.relu_first(network)(x), expected)
     order = [type(module).__name__ for module in network[1]]
     assert order == ["ReLU", "MaxPool2d", "BatchNorm2d"]

@@ -13,7 +13,8 @@ import data
 import probe
 import train
 from helpers import assert_equal, draw_few_glyphs, log_of, status_of, train_here
-from hssl import h_ssl_loss
+from hssl import ProjectionHead, h_ssl_loss
+from layers import MNISTBackbone
 from losses import byol
 
 pytestmark = pytest.mark.usefixtures("few_glyphs")
@@ -165,12 +166,16 @@ def test_byol_compares_with_the_target():
         assert (parameter.grad is None) == name.startswith("target"), name
 
 
-def test_byol_s_target_follows(tmp_path):
-    """After the first step it is a copy."""
-    flags = "--objective byol --epochs 1 --batch-size 200".split()
-    state = train_here(tmp_path, *flags)["objective"]
-    for name in ("encoder.0.weight", "encoder.5.1.bias", "head.layers.3.weight"):
-        assert torch.equal(state[f"target_{name}"], state[name])
+def test_byol_s_target_follows_after_every_step(tmp_path, monkeypatch):
+    moves = []
+
+    def record(target, online, decay, step, total):
+        moves.append((type(target), type(online), decay, step, total))
+
+    monkeypatch.setattr(train, "move_target", record)
+    train_here(tmp_path, "--objective", "byol")
+    for kind, of_kind in ((MNISTBackbone, moves[::2]), (ProjectionHead, moves[1::2])):
+        assert of_kind == [(kind, kind, 0.99, step, 6) for step in range(6)]
 
 
 def test_a_look_changes_nothing(tmp_path):
