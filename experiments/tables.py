@@ -53,8 +53,8 @@ GLYPHS = {
     "translation": "--dataset glyphs --device cpu --group translation",
     "rotation": f"--dataset glyphs --device cpu {ROTATION} --trust-coefficient 0.01",
 }
-CIFAR10 = ("--dataset cifar10 --device cpu --group translation --widths 8 32 64 128 "
-           "--kernel-size 3 --batch-size 256 --warmup-epochs 1 --temperature 0.5 "
+CIFAR10 = ("--dataset cifar10 --device cpu --amp bfloat16 --group translation --widths 8 32 64 128 "
+           "--kernel-size 3 --batch-size 256 --warmup-epochs 0.5 --temperature 0.5 "
            "--trust-coefficient 0.03 --base-space 6 --grid 2 --probe-grid 2")
 SIMCLR = "experiments/simclr.py --method simclr"
 AUGMENTED = "experiments/simclr.py --method h-ssl"
@@ -124,8 +124,8 @@ TABLES = {
     "objectives": without_negatives(SMALL["translation"]),
     "work": WORK,
     "cifar10": {
-        "h-ssl": f"{CIFAR10} --method h-ssl --epochs 16",
-        "simclr": f"{SIMCLR} {CIFAR10} --epochs 8",
+        "h-ssl": f"{CIFAR10} --method h-ssl --epochs 4",
+        "simclr": f"{SIMCLR} {CIFAR10} --epochs 2",
     },
     "paper-mnist": table1(paper("mnist")),
     "paper-cifar10": table1(paper("cifar10")),
