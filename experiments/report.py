@@ -40,6 +40,8 @@ COMPARISONS = {
         ("h-ssl, 16 epochs", "simclr, 8 epochs"),
         ("h-ssl on two augmented copies, 8 epochs", "simclr, 8 epochs"),
     ],
+    "base-space": [("h-ssl 5", "h-ssl 1"), ("a-ssl 5", "a-ssl 1")],
+    "distance": [("h-ssl 5", "h-ssl 1"), ("a-ssl 5", "a-ssl 1")],
     "cifar10": [("h-ssl", "simclr")],
 }
 
