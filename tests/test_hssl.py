@@ -34,6 +34,19 @@ def test_a_view_is_the_base_of_moved_features(group, shape):
     torch.testing.assert_close(view[identity], group.base(z)[identity])
 
 
+def test_the_window_is_in_the_middle_and_keeps_the_layout():
+    """Window and gradient are channels-last where the features are, as batch norm is slow else."""
+    maps = torch.randn(2, 3, 7, 7).to(memory_format=torch.channels_last).requires_grad_()
+    group = Translation(7, 4, 4)
+    z = maps.unsqueeze(2)
+    window = group.base(z)
+    assert torch.equal(window, z[..., 1:5, 1:5])
+    for view in (window, group.view(torch.ones(2, 2, dtype=torch.int64), z)):
+        gradient, = torch.autograd.grad(view.sum(), maps)
+        for tensor in (view.squeeze(2), gradient):
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_images_are_turned_and_enlarged():
     """Counter-clockwise, as torch.rot90 does; by a step of 2, distances from the centre double."""
     x = torch.randn(4, 2, 6, 6)
