@@ -406,7 +406,7 @@ def pick(z, source):
 def gather_positions(x, index):
     """Read positions of maps, for each image its own: x (B, C, H, W), index (B, n) into H·W ->
     (B, C, n)."""
-    # Channels last, as in the encoder: mixed layouts made batch norm 20 times slower on a CPU.
+    # Channels last, as in the encoder: batch norm is slow on a CPU where layouts are mixed.
     fibers = x.flatten(2).transpose(1, 2)    # (B, H·W, C)
     index = index[:, :, None].expand(-1, -1, x.shape[1])
     return fibers.gather(1, index).transpose(1, 2)

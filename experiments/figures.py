@@ -129,7 +129,7 @@ def curves(args):
     }
     figure, grid = plt.subplots(2, 3, figsize=(12, 6))
     loss_axes, *panels = grid.flat
-    loss_axes.set(title="loss", xlabel="epoch")
+    loss_axes.set(title="NT-Xent, nats", xlabel="epoch")
     folders = args.runs or sorted(report.RESULTS.glob("paper/*"))
     if not folders:
         raise ValueError("there are no runs in results/paper: name a run's folder")
@@ -143,7 +143,8 @@ def curves(args):
         steps_per_epoch = looks[0]["step"] / looks[0]["epoch"]
         steps, losses = zip(*run["losses"])
         epochs = [step / steps_per_epoch for step in steps]
-        loss_axes.plot(epochs, losses, color=colour, linewidth=1.3)
+        if run["method"] != "supervised":
+            loss_axes.plot(epochs, losses, color=colour, linewidth=1.3)
         for axes, (name, title) in zip(panels, measures.items()):
             axes.set(title=title, xlabel="epoch")
             epochs = [0] + [look["epoch"] for look in looks]
@@ -151,7 +152,10 @@ def curves(args):
             axes.plot(epochs, values, color=colour, label=run["method"], linewidth=1.3, marker=".")
             if number == 0:
                 axes.axhline(before[name], color=GREY, linestyle="--", label="frozen")
-    panels[0].legend(fontsize=8)
+    # Seeds share an entry.
+    lines, labels = panels[0].get_legend_handles_labels()
+    entries = dict(zip(labels, lines))
+    panels[0].legend(entries.values(), entries.keys(), fontsize=8)
     figure.tight_layout()
     return {"curves": figure}
 
