@@ -130,32 +130,35 @@ def curves(args):
     figure, grid = plt.subplots(2, 3, figsize=(12, 6))
     loss_axes, *panels = grid.flat
     loss_axes.set(title="NT-Xent, nats", xlabel="epoch")
-    folders = args.runs or sorted(report.RESULTS.glob("paper/*"))
-    if not folders:
-        raise ValueError("there are no runs in results/paper: name a run's folder")
-    for number, folder in enumerate(folders):
-        run = report.read_run(folder)
+    if args.runs:
+        runs = [report.read_run(folder) for folder in args.runs]
+    else:
+        runs = report.read_runs("paper")
+    for number, run in enumerate(runs):
         colour = COLOURS[run["method"]]
+        style = ":" if "," in run["row"] else "-"    # ROW, CHANGE
         looks = run["looks"]
         before = run["frozen"].get("held_out")
         if not looks or before is None:
-            raise ValueError(f"{folder} has no curve: train with --eval-every from the start")
+            raise ValueError(f"{run['row']}, seed {run['seed']}, has no curve: train with "
+                             "--eval-every from the start")
         steps_per_epoch = looks[0]["step"] / looks[0]["epoch"]
         steps, losses = zip(*run["losses"])
         epochs = [step / steps_per_epoch for step in steps]
         if run["method"] != "supervised":
-            loss_axes.plot(epochs, losses, color=colour, linewidth=1.3)
+            loss_axes.plot(epochs, losses, style, color=colour, linewidth=1.3)
         for axes, (name, title) in zip(panels, measures.items()):
             axes.set(title=title, xlabel="epoch")
             epochs = [0] + [look["epoch"] for look in looks]
             values = [before[name]] + [look[name] for look in looks]
-            axes.plot(epochs, values, color=colour, label=run["method"], linewidth=1.3, marker=".")
+            axes.plot(epochs, values, style, color=colour, label=run["row"], linewidth=1.3,
+                      marker=".")
             if number == 0:
                 axes.axhline(before[name], color=GREY, linestyle="--", label="frozen")
     # Seeds share an entry.
     lines, labels = panels[0].get_legend_handles_labels()
     entries = dict(zip(labels, lines))
-    panels[0].legend(entries.values(), entries.keys(), fontsize=8)
+    loss_axes.legend(entries.values(), entries.keys(), fontsize=8)
     figure.tight_layout()
     return {"curves": figure}
 

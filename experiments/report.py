@@ -4,7 +4,7 @@
 
 The runs come from results/NAME.json, which tables.py writes, and from the folders results/NAME/*/
 of runs that were started by hand: each holds the config.json, probe.json and log.jsonl that
-train.py wrote, and may hold a run.json with "machine" and "commit".
+train.py wrote, and may hold a run.json with "row", "machine" and "commit".
 
 means: frozen → trained encoder, each as mean ± standard deviation over n whole trainings. Linear
 is the linear classifier and neighbours the vote of the 20 nearest, both top-1 on test images in
