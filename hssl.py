@@ -405,8 +405,8 @@ def pick(z, source):
 
 def gather_positions(x, index):
     """Read positions of maps, for each image its own: x (B, C, H, W), index (B, n) into H·W ->
-    (B, C, n)."""
-    # Channels last, as in the encoder: batch norm is slow on a CPU where layouts are mixed.
+    (B, C, n). In memory the result, and the gradient of x, have channels last."""
+    # As in the encoder: batch norm is slow on a CPU where layouts are mixed.
     fibers = x.flatten(2).transpose(1, 2)    # (B, H·W, C)
     index = index[:, :, None].expand(-1, -1, x.shape[1])
     return fibers.gather(1, index).transpose(1, 2)

@@ -49,7 +49,7 @@ COMPARISONS = {
 # ----------------------------------------------------------------------------- reading
 
 def read_run(folder):
-    """The record of a run from what train.py wrote into its folder, a dict.
+    """The record of a run, a dict, from what train.py wrote into its folder, and run.json.
 
     Losses are [step, loss] pairs, looks what --eval-every saw. The time is that of the steps.
     """
@@ -75,6 +75,9 @@ def read_run(folder):
         losses=losses,
         looks=looks,
     )
+    about = folder / "run.json"
+    if about.exists():
+        result |= json.loads(about.read_text())
     return record | result
 
 
@@ -85,11 +88,7 @@ def read_runs(name):
     if path.exists():
         runs += json.loads(path.read_text())["runs"]
     for config in sorted(RESULTS.glob(f"{name}/*/config.json")):
-        run = read_run(config.parent)
-        about = config.parent / "run.json"
-        if about.exists():
-            run |= json.loads(about.read_text())
-        runs.append(run)
+        runs.append(read_run(config.parent))
     if not runs:
         raise ValueError(f"there are no results of {name!r}: tables.py {name} trains them")
     return runs
