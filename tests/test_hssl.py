@@ -35,7 +35,7 @@ def test_a_view_is_the_base_of_moved_features(group, shape):
 
 
 def test_the_window_is_in_the_middle_and_keeps_the_layout():
-    """Window and gradient are channels-last where the features are, as batch norm is slow else."""
+    """Window and gradient are channels-last if the features are: batch norm is slow otherwise."""
     maps = torch.randn(2, 3, 7, 7).to(memory_format=torch.channels_last).requires_grad_()
     group = Translation(7, 4, 4)
     z = maps.unsqueeze(2)
