@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow 10.1 or later
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 GLYPHS = "AFGKRTY248"  # no two of them alike when turned, as 6 and 9 are
 
@@ -214,22 +214,26 @@ def image_folder(folder, cache_dir, side):
         raise ValueError(f"there is no folder {folder}: expected one with {LAYOUTS}")
     files = []
     errors = []
-    for parent, folders, names in os.walk(folder, onerror=errors.append):
+    for parent, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
+        parents = Path(parent).relative_to(folder).parents
+        if os.path.realpath(parent) in [os.path.realpath(folder / above) for above in parents]:
+            folders.clear()    # a link to a folder above it goes round for ever
+            continue
         folders[:] = [name for name in folders if not HIDDEN.match(name)]
         for name in names:
             path = Path(parent, name).relative_to(folder)
             if path.suffix.lower() in EXTENSIONS and not HIDDEN.match(name):
                 files.append(path.parts)
 
-    parents = {parts[0] for parts in files if len(parts) > 1}
+    top_folders = {parts[0] for parts in files if len(parts) > 1}
     # Where both are there, train and not Train.
-    parent_of_split = {parent.lower(): parent for parent in sorted(parents)}
+    parent_of_split = {parent.lower(): parent for parent in sorted(top_folders)}
     splits = []
     class_names = []
     if "train" in parent_of_split:
         # The training folder and the first test folder; others are not used.
         splits = [parent_of_split[name] for name in SPLITS if name in parent_of_split][:2]
-        unused = sorted(parents.difference(splits))
+        unused = sorted(top_folders.difference(splits))
         if unused:
             print(f"{folder}: not used, though they hold images: {unused}")
         named = {parts[1] for parts in files if parts[0] == splits[0] and len(parts) > 2}
@@ -409,15 +413,15 @@ def glyphs(train=10_000, test=2_000, seed=0):
 
 
 # -------------------------------------------------------------------------------- one epoch's plan
-def epoch_plan(images, choices, seed, epoch, device="cpu"):
-    """Draw an epoch's order, a permutation of the images (N,), and for each image, by its index in
-    the data set, its choice (N,), below P, among the pairs of views.
+def epoch_plan(image_count, pair_count, seed, epoch, device="cpu"):
+    """Draw an epoch's order, a permutation of the images' indices (N,), and their pairs of views:
+    choice (N,), where choice[i], below P, is that of image i.
 
     Both are int64, on the device. They depend on (seed, epoch) alone: all processes draw the same,
     so their number changes nothing.
     """
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(images)
-    choice = rng.integers(choices, size=images)
+    order = rng.permutation(image_count)
+    choice = rng.integers(pair_count, size=image_count)
     plan = torch.from_numpy(np.stack([order, choice]))
     return plan.to(device).unbind()

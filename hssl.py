@@ -33,11 +33,12 @@ def equivariance_error(f, group, x, elements=None, on_base=False):
     0, up to rounding, where it holds exactly; about √2 for unrelated features of mean 0.
 
     Args:
-        f: any function of images (B, C, H, W) to features (B, C', G, H', W'), in evaluation mode.
+        f: any function of images (B, C, H, W) to features (B, C', G, H', W'). In training mode
+            batch norm's running statistics would move.
         group, x: one of the groups below, and images.
         elements: some of the group's elements, (M, ...); all of them if None.
-        on_base: compare on the base space alone, clear of borders and of the ends of the group
-            axis.
+        on_base: compare on the base space alone: for translation clear of the borders, for scale
+            of the ends of the axis.
     """
     if elements is None:
         elements = group.elements
@@ -87,7 +88,8 @@ def allowed_pairs(group, max_distance=None):
     """All pairs of different elements at most max_distance apart: (P, 2) indices into
     group.elements.
 
-    Raises a ValueError if there are none. (g1 = g2 would give one view twice.)
+    Raises a ValueError if there are none. (g1 = g2 would give one view twice.) Takes 16 bytes a
+    pair, so memory grows with the fourth power of the map's side.
     """
     distance = group.distance(group.elements[:, None], group.elements[None, :])    # (M, M)
     allowed = distance > 0
@@ -229,25 +231,29 @@ class Rotation:
         return rotate(x, g, self.orientations)
 
     def Γ(self, g, z):
-        """(Γ_g z)(k, u) = z(k - g, u turned back)."""
-        check_features(z, self.orientations, side=z.shape[-1])
-        check_elements(g, (len(z),))
-        orientation = torch.arange(self.orientations, device=z.device)
-        source = (orientation - g[:, None]) % self.orientations    # (B, G)
-        maps = fold_group(pick(z, source))
-        maps = rotate(maps, g, self.orientations, outside="border")
-        return unfold_group(maps, self.orientations)
+        return self.read(g, z, self.orientations)
 
     def base(self, z):
         check_features(z, self.orientations)
         return z[:, :, :self.base_size]
 
     def view(self, g, z):    # (B, C, base_size, H, W)
-        return self.base(self.Γ(g, z))
+        # This is base(Γ(g, z)), but only turns the base space.
+        return self.read(g, z, self.base_size)
 
     def distance(self, g1, g2):
         apart = (g1 - g2) % self.orientations
         return torch.minimum(apart, self.orientations - apart)
+
+    def read(self, g, z, count):
+        """The first count orientations of Γ_g z: (Γ_g z)(k, u) = z(k - g, u turned back)."""
+        check_features(z, self.orientations, side=z.shape[-1])
+        check_elements(g, (len(z),))
+        orientation = torch.arange(count, device=z.device)
+        source = (orientation - g[:, None]) % self.orientations    # (B, count)
+        maps = fold_group(pick(z, source))
+        maps = rotate(maps, g, self.orientations, outside="border")
+        return unfold_group(maps, count)
 
 
 # ------------------------------------------------------------------------------------------ scale
@@ -284,48 +290,48 @@ class Scale:
         return zoom(x, self.step ** g.double())
 
     def Γ(self, g, z):
-        """(Γ_g z)(s, u) = z(s - g, u / step**g), and zero beyond the axis."""
-        check_features(z, self.scales)
-        check_elements(g, (len(z),), *self.limits)
-        source = torch.arange(self.scales, device=z.device) - g[:, None]    # (B, G)
-        exists = (source >= 0) & (source < self.scales)
-        moved = pick(z, source.clamp(0, self.scales - 1)) * exists[:, None, :, None, None]
-        maps = zoom(fold_group(moved), self.step ** g.double(), outside="border")
-        return unfold_group(maps, self.scales)
+        return self.read(g, z, 0, self.scales)
 
     def base(self, z):
         check_features(z, self.scales)
         return z[:, :, self.first:self.first + self.base_size]
 
     def view(self, g, z):    # (B, C, base_size, H, W)
-        return self.base(self.Γ(g, z))
+        # This is base(Γ(g, z)), but only enlarges the base space.
+        return self.read(g, z, self.first, self.base_size)
 
     def distance(self, g1, g2):
         return (g1 - g2).abs()
 
+    def read(self, g, z, first, count):
+        """The scales of Γ_g z from first on, count of them: (Γ_g z)(s, u) = z(s - g, u / step**g),
+        and zero beyond the axis."""
+        check_features(z, self.scales)
+        check_elements(g, (len(z),), *self.limits)
+        scale = first + torch.arange(count, device=z.device)
+        source = scale - g[:, None]    # (B, count)
+        exists = (source >= 0) & (source < self.scales)
+        moved = pick(z, source.clamp(0, self.scales - 1)) * exists[:, None, :, None, None]
+        maps = zoom(fold_group(moved), self.step ** g.double(), outside="border")
+        return unfold_group(maps, count)
+
 
 # ---------------------------------------------------------------------------------- A-SSL's crops
 
-class Crops:
+class Crops(Translation):
     """A-SSL's counterpart of Translation's window: T_g cuts out the pixels that the window of
     Γ_g z stands on.
 
-    The encoder sees only these, and all their features are the base space, so there is no Γ and
-    no view. The crop is window · stride pixels wide, the largest displacement max_distance ·
+    The encoder sees only these, and all their features are the base space; Γ and view are of no
+    use here. The crop is window · stride pixels wide, the largest displacement max_distance ·
     stride. Arguments as for `Translation`.
     """
 
-    def __init__(self, side, window, stride, circular=False):
-        self.shifts = Translation(side, window, stride, circular)
-        self.elements = self.shifts.elements
-        self.distance = self.shifts.distance
-
     def T(self, g, x):
-        shifts = self.shifts
-        check_images(x, side=shifts.side * shifts.stride)
-        check_elements(g, (len(x), 2), *shifts.limits)
-        size = shifts.window * shifts.stride
-        return crop(x, (shifts.corner - g) * shifts.stride, (size, size), circular=shifts.circular)
+        check_images(x, side=self.side * self.stride)
+        check_elements(g, (len(x), 2), *self.limits)
+        size = self.window * self.stride
+        return crop(x, (self.corner - g) * self.stride, (size, size), circular=self.circular)
 
     def base(self, z):
         check_features(z)
@@ -337,8 +343,8 @@ def make_group(name, group_size, base_size, side, stride, scale_step=1.41, circu
     """The group, by its name, that moves an encoder's features (B, C, G, side, side), G =
     group_size.
 
-    base_size, stride, scale_step and circular are the groups' own arguments; crop: `Crops` for
-    translation.
+    base_size is Translation's window, or how many orientations or scales; scale_step is Scale's
+    step; crop takes `Crops` for translation. Raises a ValueError for another name.
     """
     if name == "rotation":
         return Rotation(group_size, base_size)
@@ -356,7 +362,7 @@ def make_group(name, group_size, base_size, side, stride, scale_step=1.41, circu
 def check_images(x, side=None):
     """Raise a ValueError unless x is (B, C, H, W), with H = W = side if side is given."""
     if x.ndim != 4 or (side is not None and x.shape[2:] != (side, side)):
-        raise ValueError(f"images must be (B, C, H, W) with H = W = {side or 'any'}, "
+        raise ValueError(f"images must be (B, C, {side or 'H'}, {side or 'W'}), "
                          f"but these are {tuple(x.shape)}")
 
 
@@ -368,8 +374,8 @@ def check_features(z, group_size=None, side=None):
     if side is not None:
         fits = fits and z.shape[3:] == (side, side)
     if not fits:
-        raise ValueError(f"features must be (B, C, G, H, W) with G = {group_size or 'any'} and "
-                         f"H = W = {side or 'any'}, but these are {tuple(z.shape)}")
+        raise ValueError(f"features must be (B, C, {group_size or 'G'}, {side or 'H'}, "
+                         f"{side or 'W'}), but these are {tuple(z.shape)}")
 
 
 def check_elements(g, shape, least=None, most=None):

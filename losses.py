@@ -1,7 +1,9 @@
 """The objectives I that compare two views: NT-Xent, then SimSiam and BYOL, which need no negatives.
 
-Averaged over processes, gradients are those of one process with the whole batch, where batch norm
-is synchronised. Letters: N images of this process, R processes, D numbers per projection.
+With synchronised batch norm, the mean of the processes' gradients is the gradient of one process
+that holds the whole batch.
+
+Letters: N images of this process, R processes, D numbers per projection.
 """
 import math
 

@@ -40,7 +40,8 @@ ENCODER_SETTINGS = """backbone group group_size widths image_shape kernel_size s
 
 # ----------------------------------------------------------------------------- a run's files
 def write_whole(path, content):
-    """Write bytes to a temporary file beside path and rename it: path is never half written.
+    """Write bytes to a temporary file beside path and rename it: path is never half written, if
+    one program at a time writes it.
 
     Raises an OSError if that fails; then the old content of path still stands.
     """
@@ -134,9 +135,9 @@ def precision(device, amp):
 
 
 def batches(encoder, data, images):
-    """Normalised images, in the encoder's own type, by at most 1,000.
+    """Normalised images, in the encoder's own type, in batches of at most 1,000.
 
-    Batches differ by one image at most: a single image would give batch norm no variance.
+    Their sizes differ by one at most: a last batch of one image would give batch norm no variance.
     """
     like = next(encoder.parameters(), torch.empty(0))
     index = torch.arange(len(images), device=images.device)
@@ -270,9 +271,9 @@ def softmax_regression(x, labels, penalty, start, iterations=1000, tolerance=1e-
 def linear_classifier(x, labels, x_test, answers, classes):
     """Top-1 in percent, on x_test (M, D), of a linear classifier trained on x (N, D).
 
-    From strong to weak, it takes the last L2 penalty before the cross-entropy rises on a twentieth
-    of x, at most 2,000 rows, that is held out; then it is trained on all of x. labels and answers
-    as for `neighbours`.
+    L2 penalties are tried from strong to weak, until the cross-entropy rises on a twentieth of x,
+    at most 2,000 rows, that is held out; with the last one before, it is trained on all of x.
+    Biases are penalised as well. labels and answers as for `neighbours`.
     """
     # A last dimension of ones stands for the biases.
     x, x_test = [F.pad(rows, (0, 1), value=1) for rows in standardise(x, x_test)]
@@ -412,11 +413,11 @@ def probe_run(folder, device, data_dir, cache_dir, features):
         return
 
     result = evaluate(encoder, data, grid, amp, update_statistics=True)
-    frozen = checkpoint.get("frozen")
-    if not frozen:
-        torch.manual_seed(settings["seed"])
-        untrained = make_encoder(settings).to(device)
-        frozen = evaluate(untrained, data, grid, amp, update_statistics=True)
+    torch.manual_seed(settings["seed"])
+    untrained = make_encoder(settings).to(device)
+    measured = evaluate(untrained, data, grid, amp, update_statistics=True)
+    # The rest is what --eval-every saw before the training.
+    frozen = checkpoint.get("frozen", {}) | measured
     result = write_result(folder, settings, result, frozen, checkpoint.get("epoch"))
     print(json.dumps(result))
 
@@ -432,6 +433,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         probe_run(**vars(args))
+    except KeyError as error:
+        parser.exit(2, f"probe.py: the settings of {args.folder} lack {error}\n")
     except (ValueError, OSError) as error:
         parser.exit(2, f"probe.py: {error}\n")
 

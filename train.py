@@ -30,9 +30,9 @@ from lars import LARS
 from losses import Predictor, byol, move_target, nt_xent, simsiam
 
 # --------------------------------------------------------------------------------------- settings
-# The defaults by data set and, where they differ, by group. PAPER and its epochs are the paper's,
-# but for the trust coefficient, which it does not state; experiments/README.md says why the others
-# are what they are.
+# The defaults by data set and, where they differ, by group. PAPER, and the epochs of mnist, cifar10
+# and tiny-imagenet, are the paper's, which does not state the trust coefficient. For the others see
+# experiments/README.md.
 
 PAPER = dict(batch_size=4096, warmup_epochs=10, temperature=0.1, trust_coefficient=0.001)
 MNIST = dict(backbone="mnist", widths=[32, 63, 95], kernel_size=7, base_space=4, grid=0,
@@ -153,7 +153,8 @@ def parse(argv=None):
 class SelfSupervised(nn.Module):
     """Encoder, head and NT-Xent as one module, so that DistributedDataParallel sees one pass.
 
-    view is one of the group's views, of any number of images, by which the head is made to fit.
+    view is one of the group's views, of any number of images; it tells how wide the head's input
+    is.
     """
 
     def __init__(self, args, encoder, group, view):
@@ -272,10 +273,11 @@ def schedule(step, warmup, total):
 # --------------------------------------------------------------------------------- the processes
 
 def start_processes(args):
-    """One process under python, several under torchrun, on GPUs with synchronised batch norm.
+    """One process under python, several under torchrun.
 
     Returns the rank, the rank on this machine, the number of processes, the device, and a group of
-    all processes that waits for a day, for what the first process does alone.
+    all processes (None under python) that waits for a day, for what the first process does alone.
+    Raises a ValueError for a batch that they cannot share, or too few GPUs.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -540,7 +542,7 @@ def train(args):
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == epochs:
             save()
 
-    # ---- the detached classifier on the trained encoder, which takes the statistics it was given
+    # ---- the trained encoder is measured, and saved with the statistics it was measured with
     if total > 0 and skipped == step:
         end("float16 overflowed at every step, so nothing was trained: take another --amp", 1)
     if rank == 0:

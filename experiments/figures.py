@@ -134,7 +134,7 @@ def curves(args):
         runs = [report.read_run(folder) for folder in args.runs]
     else:
         runs = report.read_runs("paper")
-    for number, run in enumerate(runs):
+    for run in runs:
         colour = COLOURS[run["method"]]
         style = ":" if "," in run["row"] else "-"    # ROW, CHANGE
         looks = run["looks"]
@@ -153,8 +153,9 @@ def curves(args):
             values = [before[name]] + [look[name] for look in looks]
             axes.plot(epochs, values, style, color=colour, label=run["row"], linewidth=1.3,
                       marker=".")
-            if number == 0:
-                axes.axhline(before[name], color=GREY, linestyle="--", label="frozen")
+    for axes, name in zip(panels, measures):
+        frozen = runs[0]["frozen"]["held_out"]
+        axes.axhline(frozen[name], color=GREY, linestyle="--", label="frozen")
     # Seeds share an entry.
     lines, labels = panels[0].get_legend_handles_labels()
     entries = dict(zip(labels, lines))
@@ -272,11 +273,11 @@ def tour_views(tour):
         top, left = corner.tolist()
         side = tour.shifts.window * tour.shifts.stride
         whole.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=colour,
-                                  linewidth=2.5))
+                                  linewidth=2.5, clip_on=False, zorder=3))
         picture(figure, 0.53 + 0.27 * k, 0.59, 0.23, tour.crops.T(g, x)[0, 0],
                 f"A-SSL: crop {k + 1}", colour, fontsize=9)
 
-    titles = ("G0: 0°", "90°, read by 270°", "180°, read by 180°", "270°, read by 90°")
+    titles = ("0°: G0", "90°: view of g = 270°", "180°: view of g = 180°", "270°: view of g = 90°")
     for k, title in enumerate(titles):
         # As filters that are turned by k see it.
         turned = tour.group.T(torch.tensor([-k]), x)[0, 0]

@@ -186,6 +186,21 @@ def test_strides_would_break_quarter_turns():
     assert equivariance_error(strided, group, x, group.elements[1:]).min() > 0.1
 
 
+def test_initial_weights_are_sesn_s():
+    """Normal, with variance 2 / (number of a filter's weights · output channels)."""
+    for name, module in ResidualBackbone("scale", 3, (16, 32, 64, 128)).named_modules():
+        if isinstance(module, (GroupConv2d, LiftingConv2d, nn.Conv2d)):
+            out_channels, in_channels, *filter_shape = module.weight.shape
+            std = math.sqrt(2 / (out_channels * math.prod(filter_shape)))
+            if isinstance(module, nn.Conv2d):
+                assert filter_shape == [1, 1]
+            else:
+                assert filter_shape == [1, 9]
+            # Six standard errors of an estimate from so many numbers.
+            tolerance = 6 / math.sqrt(2 * module.weight.numel())
+            assert abs(module.weight.std() / std - 1) < tolerance, name
+
+
 def test_number_of_parameters_is_sesn_s():
     """For scale: 9 numbers per filter, two per batch norm channel, 1x1 shortcuts."""
     parameters = ResidualBackbone("scale", 3).parameters()

@@ -104,7 +104,7 @@ def test_unlabelled(tmp_path, pattern, capsys):
 
 
 def test_what_is_a_candidate(tmp_path, capsys):
-    """Files and links to files that are images by their names, which need no pickle."""
+    """Images by their names, and links to them and to folders, but no circles of links."""
     names = {"train/b/日本 語.JPG", "train/b/two\nlines.png", "train/a/link.png"}
     own = forty(tmp_path / "own", *names)
     a = own / "train" / "a"
@@ -113,6 +113,8 @@ def test_what_is_a_candidate(tmp_path, capsys):
     (a / "dead.png").symlink_to(tmp_path / "gone.png")
     (a / "up").symlink_to("..")
     (a / "around").symlink_to(own)
+    (own / "train").rename(tmp_path / "elsewhere")
+    (own / "train").symlink_to(tmp_path / "elsewhere")
     if hasattr(os, "mkfifo"):
         os.mkfifo(a / "pipe.png")
     for name in ("classes.txt", "train/Thumbs.db", "train/a/._0.png", "train/a/.DS_Store",

@@ -342,10 +342,11 @@ def test_the_command(few_glyphs, tmp_path, capsys):
     assert frozen == probe.evaluate(untrained, glyphs, update_statistics=True)
     assert frozen != result
 
-    # The numbers that a checkpoint holds are not measured again.
-    save_run(tmp_path, frozen=dict(top1=12.5))
-    probe.main([str(tmp_path)])
-    assert json.loads(capsys.readouterr().out)["frozen"] == dict(top1=12.5)
+    # What the checkpoint holds is measured again, but for the look at held-out images.
+    save_run(tmp_path, frozen=dict(top1=12.5, held_out=dict(top1=15)))
+    probe.main([str(tmp_path), "--device", "cpu"])
+    again = json.loads(capsys.readouterr().out)["frozen"]
+    assert again == frozen | dict(held_out=dict(top1=15))
 
 
 def test_the_features_file(few_glyphs, tmp_path, capsys):
