@@ -95,11 +95,11 @@ def read_runs(name):
 
 
 def values(runs, row, measure, frozen=False):
-    """{seed: value} of a row by a measure; frozen: before the training."""
+    """{seed: value} of a row by a measure; frozen: before the training. None without labels."""
     found = {}
     for run in runs:
-        if run["row"] == row:
-            result = run["frozen"] if frozen else run
+        result = run["frozen"] if frozen else run
+        if run["row"] == row and result[measure] is not None:
             found[run["seed"]] = result[measure]
     return found
 
@@ -172,6 +172,8 @@ def signed(x):
 
 def mean_cell(found, digits=2):
     """Mean ± standard deviation of {seed: value}."""
+    if not found:
+        return "–"
     text = f"{statistics.mean(found.values()):.{digits}f}"
     if len(found) > 1:
         text += f" ± {statistics.stdev(found.values()):.{digits}f}"

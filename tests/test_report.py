@@ -111,6 +111,17 @@ def test_one_seed_has_no_interval_and_none_no_difference(results):
     assert lines[11] == "| h-ssl − a-ssl | 0 | – | – | – | – |"
 
 
+def test_a_run_without_labels_has_a_rank_alone(results):
+    run = make_run("h-ssl", 0, 50, 51)
+    for result in (run, run["frozen"]):
+        for measure in ("top1", "mean_top1", "neighbours", "mean_neighbours"):
+            result[measure] = None
+    results("mine", [run])
+    lines = report.table("mine").splitlines()
+    assert lines[4] == "| h-ssl | 1 | 8 | 60 s | – → – | – → – | – → – | – → – | 100 → 50 |"
+    assert lines[-1] == "| h-ssl − frozen | 0 | – | – | – | – |"
+
+
 def test_rows_that_are_compared():
     rows = ["scale a-ssl", "scale h-ssl", "scale h-ssl, untied", "h-ssl, 16 epochs",
             "a-ssl, 8 epochs"]
