@@ -454,7 +454,7 @@ def train(args):
     model = objective
     if dist.is_initialized():
         device_ids = None
-        if args.device == "cuda":
+        if args.device == "cuda":    # on CPUs each process normalises by its own statistics
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
             device_ids = [local_rank]
         model = DistributedDataParallel(model, device_ids)

@@ -10,8 +10,8 @@
     epoch          an epoch of train.py over as many bare steps
 
 The two sides of a row take turns in one process. Networks have their full width, images are random,
-and timm and lightly take part if they are installed. Prints one Markdown table, and writes
-experiments/results/benchmark-DEVICE.json.
+and timm and lightly take part if they are installed. Prints one Markdown table; all rows together
+are written into experiments/results/benchmark-DEVICE.json as well.
 
 Letters: B batch, C channels, G group elements, H W space.
 """
@@ -293,13 +293,16 @@ def main(argv=None):
     add("--amp", nargs="+", choices=("off", "bfloat16", "float16"),
         help="precisions of step and form; epoch has the first (cuda: float16, cpu: off bfloat16)")
     add("--repeats", type=int, default=3, help="times of each side (3)")
-    add("--results", type=Path, default=report.RESULTS, help="folder of the JSON file")
+    add("--results", type=Path, help="folder of the JSON file, which then holds these rows alone")
     args = parser.parse_args(argv)
     if args.batch_size is None:
         args.batch_size = 4096 if args.device == "cuda" else 64
     if args.amp is None:
         args.amp = ["float16"] if args.device == "cuda" else ["off", "bfloat16"]
-    args.results.mkdir(parents=True, exist_ok=True)
+    if args.results is None and set(args.rows) == set(ROWS):
+        args.results = report.RESULTS
+    if args.results is not None:
+        args.results.mkdir(parents=True, exist_ok=True)
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")    # the profiler looks for GPUs, and says so
     # As train.py does it: shapes stay, so a search is worth it; and float32 means float32.
@@ -312,6 +315,8 @@ def main(argv=None):
         for record in ROWS[row](args):
             print(table_line(record), flush=True)
             records.append(dict(row=row) | record)
+    if args.results is None:
+        return
     commit, dirty = tables.commit()
     content = dict(device=args.device, machine=tables.machine(args.device),
                    torch=torch.__version__, commit=commit, dirty=dirty,

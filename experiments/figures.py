@@ -135,7 +135,7 @@ def curves(args):
     else:
         runs = report.read_runs("paper")
     for run in runs:
-        colour = COLOURS[run["method"]]
+        colour = COLOURS.get(run["method"], GREY)
         style = ":" if "," in run["row"] else "-"    # ROW, CHANGE
         looks = run["looks"]
         before = run["frozen"].get("held_out")
@@ -149,15 +149,18 @@ def curves(args):
             loss_axes.plot(epochs, losses, style, color=colour, linewidth=1.3)
         for axes, (name, title) in zip(panels, measures.items()):
             axes.set(title=title, xlabel="epoch")
+            if before[name] is None:
+                continue    # there are no labels
             epochs = [0] + [look["epoch"] for look in looks]
             values = [before[name]] + [look[name] for look in looks]
             axes.plot(epochs, values, style, color=colour, label=run["row"], linewidth=1.3,
                       marker=".")
     for axes, name in zip(panels, measures):
-        frozen = runs[0]["frozen"]["held_out"]
-        axes.axhline(frozen[name], color=GREY, linestyle="--", label="frozen")
+        frozen = runs[0]["frozen"]["held_out"][name]
+        if frozen is not None:
+            axes.axhline(frozen, color=GREY, linestyle="--", label="frozen")
     # Seeds share an entry.
-    lines, labels = panels[0].get_legend_handles_labels()
+    lines, labels = panels[-1].get_legend_handles_labels()
     entries = dict(zip(labels, lines))
     loss_axes.legend(entries.values(), entries.keys(), fontsize=8)
     figure.tight_layout()

@@ -82,7 +82,10 @@ def read_run(folder):
 
 
 def read_runs(name):
-    """All runs of a table, a list of records. Raises a ValueError if there are none."""
+    """All runs of a table, a list of records.
+
+    Raises a ValueError if there are none, or two of one row with one seed.
+    """
     path = RESULTS / f"{name}.json"
     runs = []
     if path.exists():
@@ -91,6 +94,11 @@ def read_runs(name):
         runs.append(read_run(config.parent))
     if not runs:
         raise ValueError(f"there are no results of {name!r}: tables.py {name} trains them")
+    names = [(run["row"], run["seed"]) for run in runs]
+    for row, seed in names:
+        if names.count((row, seed)) > 1:
+            raise ValueError(f"{name} has two runs of row {row!r} with seed {seed}: give one another "
+                             "row in its run.json")
     return runs
 
 

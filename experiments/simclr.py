@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -144,6 +145,10 @@ def run(args):
 
     Raises a ValueError or an OSError for bad input, or no room to save.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("this is for one process: start it without torchrun")
+    if args.amp == "off":
+        torch.backends.fp32_precision = "ieee"    # as in train.py
     data = probe.load_data(vars(args), args.device)
     count = len(data.train_images)
     if args.batch_size > count:

@@ -138,10 +138,10 @@ TABLES = {
 
 # ----------------------------------------------------------------------------- training
 
-def machine(device):
-    """The machine's GPUs or processor, in words."""
+def machine(device, processes=1):
+    """The machine's processor, or the GPUs of as many processes, in words."""
     if device == "cuda":
-        return f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}"
+        return f"{processes} {torch.cuda.get_device_name()}"
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
@@ -198,7 +198,7 @@ def train_row(args, row, seed):
         raise ValueError(f"{shlex.join(command)} failed:\n{finished.stderr}")
     about["seconds"] = round(time.perf_counter() - start, 1)
     settings = json.loads((out / "config.json").read_text())
-    about["machine"] = machine(settings["device"])
+    about["machine"] = machine(settings["device"], settings.get("processes", 1))
     record = report.read_run(out) | about
     (out / "run.json").write_text(json.dumps(record) + "\n")
     print(f"{row}, seed {seed}: {record['frozen']['top1']} -> {record['top1']}", file=sys.stderr)

@@ -361,6 +361,19 @@ def test_tiny_imagenet_in_every_layout(tmp_path, layout):
         assert (green - getattr(tiny, f"{split}_labels")).abs().max() <= 3
 
 
+def test_corrected_annotations_are_read_again(tmp_path):
+    """The images' cache does not hide them."""
+    write_tiny_imagenet(tmp_path, "val/images/{file}")
+    before = data.load("tiny-imagenet", tmp_path, tmp_path / "cache")
+    path = tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("val_5.JPEG\tn00000005", "val_5.JPEG\tn00000006"), encoding="utf-8")
+    after = data.load("tiny-imagenet", tmp_path, tmp_path / "cache")
+    corrected = after.test_labels != before.test_labels
+    assert after.test_files[corrected].tolist() == ["val/images/val_5.JPEG"]
+    assert after.test_labels[corrected].tolist() == [6]
+
+
 def test_tiny_imagenet_is_downloaded_and_unpacked(tmp_path, monkeypatch):
     """Nothing else stays, so that the folder is never half of it; but here it has few classes."""
     def download(url, folder, md5):

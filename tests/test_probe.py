@@ -267,6 +267,13 @@ def test_nothing_to_classify(capsys):
     assert probe.in_words(result) == "effective rank 3.00"
 
 
+def test_the_linear_classifier_has_biases():
+    """Features that tell nothing: the larger class, the second, is the best guess."""
+    labels = (torch.arange(100) >= 10).long()
+    x = torch.ones(100, 3)
+    assert probe.linear_classifier(x, labels, x, labels, 2) == 90
+
+
 # ----------------------------------------------------------------------------- checkpoints
 def save_run(folder, **more):
     """A run's folder with a checkpoint of a small encoder, which has no training behind it."""

@@ -3,19 +3,21 @@ import contextlib
 import io
 import json
 import math
-import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import data
 import probe
 import train
 from helpers import assert_equal, draw_few_glyphs, log_of, status_of, train_here
-from hssl import ProjectionHead, h_ssl_loss
+from hssl import (Crops, ProjectionHead, Translation, a_ssl_loss, allowed_pairs, h_ssl_loss,
+                  readout)
+from lars import LARS
 from layers import MNISTBackbone
-from losses import byol
+from losses import byol, nt_xent
 
 pytestmark = pytest.mark.usefixtures("few_glyphs")
 
@@ -40,16 +42,6 @@ def test_the_defaults_are_the_paper_s(flags, settings):
     found = vars(train.parse(["--dataset", *flags.split()]))
     expected = PAPER | settings
     assert expected.items() <= found.items()
-
-
-def test_help(capsys):
-    """At most 42 flags, each with a line of help, and the table of defaults at the end."""
-    assert status_of(train.parse, ["--help"]) == 0
-    options, table = capsys.readouterr().out.split("defaults by data set")
-    flags = re.findall(r"^  --([a-z-]+)", options, re.M)
-    assert 20 < len(set(flags)) <= 42
-    for name in ("tiny-imagenet", "folder", "scale", "1300", "4096"):
-        assert name in table
 
 
 def test_schedule():
@@ -111,6 +103,110 @@ def test_the_saved_encoder_is_the_one_that_was_measured(run):
     assert written["epoch"] == 2
     assert written["frozen"]["effective_rank"] != written["effective_rank"]
 
+
+# ---------------------------------------------------------------------------- what a step does
+
+def nt_xent_of_the_flags(h1, h2):
+    return nt_xent(h1, h2, temperature=0.3)
+
+
+def steps_by_hand(objective, loss_of, pairs):
+    """Losses of six steps with every setting written out. loss_of(x, index, drawn) is the loss of
+    images x with these indices, for whom these pairs were drawn."""
+    glyphs = data.load("glyphs", train_images=200)
+    optimizer = LARS(objective.parameters(), 0.0, 0.5, 0.01, 0.02)
+    losses = []
+    for step in range(6):
+        epoch = step // 3
+        first = 64 * (step % 3)
+        order, choice = data.epoch_plan(200, len(pairs), 7, epoch)
+        index = order[first:first + 64]
+        x = glyphs.batch(glyphs.train_images, index)
+        loss = loss_of(x, index, pairs[choice[index]])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 5 * train.schedule(step, 3, 6)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+SETTINGS = ("--lr 5 --momentum 0.5 --weight-decay 0.01 --trust-coefficient 0.02 --temperature 0.3 "
+            "--warmup-epochs 1 --seed 7")
+
+
+@pytest.mark.parametrize("flags, padding, group, ssl_loss, max_distance", (
+    ("--method h-ssl", "zeros", Translation(7, 5, 4), h_ssl_loss, None),
+    ("--method h-ssl --max-distance 1", "zeros", Translation(7, 5, 4), h_ssl_loss, 1),
+    ("--method a-ssl", "zeros", Translation(7, 5, 4), a_ssl_loss, None),
+    ("--method a-ssl --crop", "zeros", Crops(7, 5, 4), a_ssl_loss, None),
+    ("--method a-ssl --padding circular", "circular", Translation(7, 5, 4, True), a_ssl_loss, None),
+))
+def test_self_supervised_steps(flags, padding, group, ssl_loss, max_distance, tmp_path):
+    """Each loss and the last weights are those of a plain loop over what the flags name."""
+    checkpoint = train_here(tmp_path, *SETTINGS.split(), *flags.split())
+    torch.manual_seed(7)
+    f = MNISTBackbone(widths=(2, 3, 4), kernel_size=3, padding_mode=padding)
+    h = ProjectionHead(4 * 2 * 2, 16, 8, grid=2)
+
+    def loss_of(x, index, drawn):
+        g1, g2 = group.elements[drawn].unbind(1)
+        return ssl_loss(f, h, nt_xent_of_the_flags, group, x, g1, g2)
+
+    expected = steps_by_hand(nn.ModuleList([f, h]), loss_of, allowed_pairs(group, max_distance))
+    assert [line["loss"] for line in log_of(tmp_path)] == pytest.approx(expected, rel=1e-5)
+    for name, parameter in f.named_parameters():
+        torch.testing.assert_close(checkpoint["encoder"][name], parameter.data)
+
+
+def test_supervised_steps(tmp_path):
+    checkpoint = train_here(tmp_path, *SETTINGS.split(), "--method", "supervised")
+    labels = data.load("glyphs", train_images=200).train_labels
+    torch.manual_seed(7)
+    f = MNISTBackbone(widths=(2, 3, 4), kernel_size=3)
+    classifier = nn.Linear(4, 10)    # on the mean over positions, as --probe-grid 1 says
+
+    def loss_of(x, index, drawn):
+        return F.cross_entropy(classifier(readout(f(x), 1)), labels[index])
+
+    expected = steps_by_hand(nn.ModuleList([f, classifier]), loss_of, torch.zeros(1, 2))
+    assert [line["loss"] for line in log_of(tmp_path)] == pytest.approx(expected, rel=1e-5)
+    for name, parameter in f.named_parameters():
+        torch.testing.assert_close(checkpoint["encoder"][name], parameter.data)
+
+
+def test_images_that_are_held_out(tmp_path):
+    """They are measured in place of the test images; the seed draws those that are used."""
+    flags = "--train-images 64 --validate 30 --seed 3".split()
+    settings = train_here(tmp_path, *flags)["settings"]
+    result = json.loads((tmp_path / "probe.json").read_text())
+    assert (result["train_images"], result["test_images"]) == (64, 30)
+    found = probe.load_data(settings, "cpu")
+    expected = data.load("glyphs", train_images=64, validate=30, seed=3)
+    for split in ("train_files", "test_files"):
+        assert (getattr(found, split) == getattr(expected, split)).all()
+
+
+def test_who_loads_first(monkeypatch):
+    """The first of all processes, then the first of each machine, then the others."""
+    events = []
+
+    def load_data(settings, device):
+        events.append("load")
+
+    def wait(patient):
+        events.append("wait")
+
+    monkeypatch.setattr(probe, "load_data", load_data)
+    monkeypatch.setattr(train, "wait", wait)
+    for rank, local_rank, turn in ((0, 0, 0), (8, 0, 1), (1, 1, 2), (9, 1, 2)):
+        events.clear()
+        train.load_in_turn(train.parse([]), rank, local_rank, "cpu", None)
+        assert events.index("load") == turn
+        assert events.count("wait") == 3
+
+
+# ---------------------------------------------------------------------------------- every method
 
 @pytest.mark.parametrize("flags", (
     "--method a-ssl",
