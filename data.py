@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow 10.1 or later
 
 GLYPHS = "AFGKRTY248"  # no two of them alike when turned, as 6 and 9 are
 
