@@ -215,9 +215,10 @@ def image_folder(folder, cache_dir, side):
     files = []
     errors = []
     for parent, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
-        parents = Path(parent).relative_to(folder).parents
-        if os.path.realpath(parent) in [os.path.realpath(folder / above) for above in parents]:
-            folders.clear()    # a link to a folder above it goes round for ever
+        target = Path(parent).resolve()
+        parents = [(folder / above).resolve() for above in Path(parent).relative_to(folder).parents]
+        if any(target == above or target in above.parents for above in parents):
+            folders.clear()  # a link to a folder above it goes round for ever
             continue
         folders[:] = [name for name in folders if not HIDDEN.match(name)]
         for name in names:

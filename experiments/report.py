@@ -103,7 +103,7 @@ def read_runs(name):
 
 
 def values(runs, row, measure, frozen=False):
-    """{seed: value} of a row by a measure; frozen: before the training. None without labels."""
+    """{seed: value} of a row by a measure; frozen: before the training. Empty without labels."""
     found = {}
     for run in runs:
         result = run["frozen"] if frozen else run

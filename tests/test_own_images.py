@@ -113,6 +113,7 @@ def test_what_is_a_candidate(tmp_path, capsys):
     (a / "dead.png").symlink_to(tmp_path / "gone.png")
     (a / "up").symlink_to("..")
     (a / "around").symlink_to(own)
+    (a / "outside").symlink_to(tmp_path)
     (own / "train").rename(tmp_path / "elsewhere")
     (own / "train").symlink_to(tmp_path / "elsewhere")
     if hasattr(os, "mkfifo"):
