@@ -217,7 +217,7 @@ def image_folder(folder, cache_dir, side):
     for parent, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         target = Path(parent).resolve()
         parents = [(folder / above).resolve() for above in Path(parent).relative_to(folder).parents]
-        if any(target == above or target in above.parents for above in parents):
+        if any(above.is_relative_to(target) for above in parents):
             folders.clear()  # a link to a folder above it goes round for ever
             continue
         folders[:] = [name for name in folders if not HIDDEN.match(name)]

@@ -63,7 +63,7 @@ def test_commands_are_found():
 @pytest.mark.parametrize("script, arguments", COMMANDS, ids=lambda value: str(value))
 def test_commands_parse(script, arguments, capsys):
     """By the program's own parser, or else each flag is in its source."""
-    if "--help" in arguments:
+    if script == "train.py" and "--help" in arguments:
         with pytest.raises(SystemExit) as stop:
             train.parse(arguments)
         assert stop.value.code == 0
