@@ -20,21 +20,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow 10.1 or later
+from PIL import Image, ImageDraw, ImageFont, ImageOps    # Pillow 10.1 or later
 
-GLYPHS = "AFGKRTY248"  # no two of them alike when turned, as 6 and 9 are
+GLYPHS = "AFGKRTY248"    # no two of them alike when turned, as 6 and 9 are
 
-MOMENTS = {"mnist": (0.0, 0.3081), "cifar10": (0.4734, 0.2516)}  # mean and std
+MOMENTS = {"mnist": (0.0, 0.3081), "cifar10": (0.4734, 0.2516)}    # mean and std
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-DOWNLOAD_TIMEOUT = 60  # seconds for which a server may be silent
+DOWNLOAD_TIMEOUT = 60    # seconds for which a server may be silent
 
 LAYOUTS = "train/CLASS/... with val/CLASS/... or test/CLASS/..., or images without classes"
-HIDDEN = re.compile(r"\.|@eaDir$")  # the latter holds previews
-SPLITS = ["train", "val", "valid", "validation", "test"]  # in any case; two of them are used
+HIDDEN = re.compile(r"\.|@eaDir$")    # the latter holds previews
+SPLITS = ["train", "val", "valid", "validation", "test"]    # in any case; two of them are used
 EXTENSIONS = (".jpg .jpeg .jpe .jfif .mpo .png .webp .tif .tiff .bmp .gif .ppm .pgm .pbm .pnm "
               ".jp2 .avif .heic .heif").split()
-CACHE_FORMAT = 1  # to be raised whenever the same files would give other pixels
+CACHE_FORMAT = 1    # to be raised whenever the same files would give other pixels
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def load(name, folder="datasets", cache_dir="datasets", device="cpu", train_imag
     return replace(data, **on_device)
 
 
-# ------------------------------------------------------------------ data sets that are downloaded
+# -------------------------------------------------------------------- data sets that are downloaded
+
 @contextmanager
 def _downloading(name, folder, files):
     """Bound how long a server may be silent, and fail in one line."""
@@ -152,7 +153,7 @@ def _downloading(name, folder, files):
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         yield
-    except Exception as error:  # no network, no room, a damaged archive: it can fail in any way
+    except Exception as error:    # no network, no room, a damaged archive: it can fail in any way
         raise ValueError(f"cannot download or read {name} ({error!r}): another program "
                          f"may be extracting it, then start again; otherwise put {files} into "
                          f"{folder}") from None
@@ -163,13 +164,13 @@ def _downloading(name, folder, files):
 def from_torchvision(name, folder):
     """MNIST (60,000 training and 10,000 test images, 1x28x28, 10 classes) or CIFAR-10 (50,000 and
     10,000, 3x32x32, 10 classes). Errors as for `load`."""
-    from torchvision import datasets  # here, since it takes seconds
+    from torchvision import datasets    # here, since it takes seconds
 
     fields = []
     with _downloading(name, folder, "MNIST/raw/*-ubyte(.gz) or cifar-10-python.tar.gz, unaltered,"):
         for train in (True, False):
             split = getattr(datasets, name.upper())(folder, train=train, download=True)
-            images = torch.as_tensor(split.data)  # (N, H, W), or (N, H, W, C) of coloured ones
+            images = torch.as_tensor(split.data)    # (N, H, W), or (N, H, W, C) of coloured ones
             images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
             labels = torch.as_tensor(split.targets)
             if len(labels) != len(images):
@@ -201,7 +202,8 @@ def tiny_imagenet(folder, cache_dir):
     return replace(data, mean=0.442, std=0.278)
 
 
-# ----------------------------------------------------------------------- image files, decoded once
+# ------------------------------------------------------------------------ image files, decoded once
+
 def image_folder(folder, cache_dir, side):
     """Images in one of LAYOUTS, resized and cropped to C x side x side; C is 1 if all are grey.
 
@@ -218,7 +220,7 @@ def image_folder(folder, cache_dir, side):
         target = Path(parent).resolve()
         parents = [(folder / above).resolve() for above in Path(parent).relative_to(folder).parents]
         if any(above.is_relative_to(target) for above in parents):
-            folders.clear()  # a link to a folder above it goes round for ever
+            folders.clear()    # a link to a folder above it goes round for ever
             continue
         folders[:] = [name for name in folders if not HIDDEN.match(name)]
         for name in names:
@@ -261,7 +263,7 @@ def image_folder(folder, cache_dir, side):
             continue
         path = "/".join(parts)
         file = folder / path
-        normal_path = unicodedata.normalize("NFC", path)  # macOS stores another form
+        normal_path = unicodedata.normalize("NFC", path)    # macOS stores another form
         path_hash = hashlib.sha256(normal_path.encode(errors="surrogatepass")).hexdigest()
         is_test = int(path_hash, 16) % 10 == 0
         candidates = parts[1:-1]
@@ -336,7 +338,7 @@ def _decode_all(folder, rows, side, cache):
         if (images[:, :1] == images).all():
             images = images[:, :1].contiguous()
         sample = images[:min(train, 1000)] / 255
-        std = sample.std(correction=0).item() or 1.0  # images of one colour stay as they are
+        std = sample.std(correction=0).item() or 1.0    # images of one colour stay as they are
         mean = sample.mean().item()
         temporary = Path(scratch, cache.name)
         torch.save((images, readable, mean, std, report), temporary)
@@ -349,29 +351,30 @@ def _decode(path, side):
     Returns its pixels (3, side, side) uint8, or, in words, why it cannot be read.
     """
     try:
-        if not path.is_file():  # a named pipe would wait for ever
+        if not path.is_file():    # a named pipe would wait for ever
             return "not a regular file"
         with Image.open(path) as image:
-            image.load()  # turns a TIFF by itself, and reads metadata that follow the pixels
+            image.load()    # turns a TIFF by itself, and reads metadata that follow the pixels
             # The orientation is read here, and the rest of the EXIF goes: exif_transpose would
             # write it anew, which fails if one entry has the wrong type.
             image.getexif()
             for key in ("exif", "Raw profile type exif"):
                 image.info.pop(key, None)
             image = ImageOps.exif_transpose(image)
-            if image.mode[0] == "I":  # convert() would clip 16 bits
+            if image.mode[0] == "I":    # convert() would clip 16 bits
                 values = np.asarray(image) / 257
                 image = Image.fromarray(values.round().clip(max=255).astype(np.uint8))
             if image.has_transparency_data:
                 black = Image.new("RGBA", image.size, "black")
                 image = Image.alpha_composite(black, image.convert("RGBA"))
-            image = ImageOps.fit(image.convert("RGB"), (side, side))  # bicubic
+            image = ImageOps.fit(image.convert("RGB"), (side, side))    # bicubic
             return np.asarray(image).transpose(2, 0, 1)
-    except Exception as error:  # a file can make it fail in any way
+    except Exception as error:    # a file can make it fail in any way
         return repr(error)
 
 
 # ------------------------------------------------------------------------------------------- glyphs
+
 def glyphs(train=10_000, test=2_000, seed=0):
     """Draw the built-in data set: characters in any orientation, 1x28x28, 10 classes.
 
@@ -379,7 +382,7 @@ def glyphs(train=10_000, test=2_000, seed=0):
     (0.65 to 1 times 24 pixel type), shifted (up to 2 pixels each way), of one of four stroke
     weights, with Gaussian noise (σ = 0.1). The same for the same seed.
     """
-    font = ImageFont.load_default(size=96)  # all is drawn four times as large
+    font = ImageFont.load_default(size=96)    # all is drawn four times as large
     pictures = []
     for character in GLYPHS:
         for stroke_width in (0, 2, 4, 6):
@@ -388,7 +391,7 @@ def glyphs(train=10_000, test=2_000, seed=0):
                                          stroke_width=stroke_width)
             pictures.append(picture)
     pictures = torch.from_numpy(np.stack(pictures))[:, None] / 255
-    pictures = F.avg_pool2d(pictures, 4)  # (40, 1, 28, 28)
+    pictures = F.avg_pool2d(pictures, 4)    # (40, 1, 28, 28)
 
     count = train + test
     generator = torch.Generator().manual_seed(seed)
@@ -397,12 +400,12 @@ def glyphs(train=10_000, test=2_000, seed=0):
     random = torch.rand(4, count, generator=generator)
     angle = 2 * np.pi * random[0]
     size = 0.65 + 0.35 * random[1]
-    shift = (4 * random[2:] - 2).T * 2 / 28  # (count, 2), in half image sides
+    shift = (4 * random[2:] - 2).T * 2 / 28    # (count, 2), in half image sides
 
     # Each output position, turned and shrunk back, says where in the picture to look.
     matrix = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1)
     matrix = matrix.view(-1, 2, 2) / size[:, None, None]
-    affine = torch.cat([matrix, matrix @ -shift[:, :, None]], 2)  # (count, 2, 3)
+    affine = torch.cat([matrix, matrix @ -shift[:, :, None]], 2)    # (count, 2, 3)
     images = pictures[labels * 4 + stroke]
     grid = F.affine_grid(affine, images.shape, align_corners=False)
     images = F.grid_sample(images, grid, align_corners=False)
@@ -413,7 +416,8 @@ def glyphs(train=10_000, test=2_000, seed=0):
                    list(GLYPHS), mean=0.0, std=0.3)
 
 
-# -------------------------------------------------------------------------------- one epoch's plan
+# --------------------------------------------------------------------------------- one epoch's plan
+
 def epoch_plan(image_count, pair_count, seed, epoch, device="cpu"):
     """Draw an epoch's order, a permutation of the images' indices (N,), and their pairs of views:
     choice (N,), where choice[i], below P, is that of image i.

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# --------------------------------------------------------------------------------- the objectives
+# ----------------------------------------------------------------------------------- the objectives
 
 @torch.no_grad()
 def equivariance_error(f, group, x, elements=None, on_base=False):
@@ -133,7 +133,7 @@ class ProjectionHead(nn.Module):
         return self.layers(readout(view, self.grid))
 
 
-# ------------------------------------------------------------------------------------ translation
+# -------------------------------------------------------------------------------------- translation
 
 class Translation:
     """Shifts. g = (down, right) in positions; G0 is a square window of the map, in its middle
@@ -206,7 +206,7 @@ class Translation:
         return unfold_group(maps, z.shape[2])
 
 
-# --------------------------------------------------------------------------------------- rotation
+# ----------------------------------------------------------------------------------------- rotation
 
 class Rotation:
     """Turns by multiples of 360/G degrees, counter-clockwise. G0 is the first base_size
@@ -256,7 +256,7 @@ class Rotation:
         return unfold_group(maps, count)
 
 
-# ------------------------------------------------------------------------------------------ scale
+# -------------------------------------------------------------------------------------------- scale
 
 class Scale:
     """Enlargements by step**g about the centre. G0 is the middle base_size scales, at all
@@ -316,7 +316,7 @@ class Scale:
         return unfold_group(maps, count)
 
 
-# ---------------------------------------------------------------------------------- A-SSL's crops
+# ------------------------------------------------------------------------------------ A-SSL's crops
 
 class Crops(Translation):
     """A-SSL's counterpart of Translation's window: T_g cuts out the pixels that the window of
@@ -357,7 +357,7 @@ def make_group(name, group_size, base_size, side, stride, scale_step=1.41, circu
     return Translation(side, base_size, stride, circular)
 
 
-# ---------------------------------------------------------------------------------- what must fit
+# ------------------------------------------------------------------------------------ what must fit
 
 def check_images(x, side=None):
     """Raise a ValueError unless x is (B, C, H, W), with H = W = side if side is given."""
@@ -388,7 +388,7 @@ def check_elements(g, shape, least=None, most=None):
                          f"{g.min()} to {g.max()}")
 
 
-# ---------------------------------------------------------- moving many maps, each in its own way
+# ------------------------------------------------------------ moving many maps, each in its own way
 
 def fold_group(z):
     """(B, C, S, H, W) -> (B, S·C, H, W): all channels along the group axis as channels of one

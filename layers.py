@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# -------------------------------------------------------------------------------- the fixed basis
+# ---------------------------------------------------------------------------------- the fixed basis
 
 def hermite_orders(group, effective_size):
     """The orders (n, m) of the basis functions He_n(x) He_m(y).
@@ -108,7 +108,7 @@ def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=0
     return basis / norm
 
 
-# ----------------------------------------------------------------------------- convolution layers
+# ------------------------------------------------------------------------------- convolution layers
 
 class SteerableConv2d(nn.Module):
     """What both layers below share: weights over the basis, the filters they make, padding, bias.
@@ -230,7 +230,7 @@ class PerElement(nn.Sequential):
         return maps.unflatten(0, (-1, x.shape[2])).transpose(1, 2)
 
 
-# -------------------------------------------------------------------------------------- backbones
+# ---------------------------------------------------------------------------------------- backbones
 
 class Backbone(nn.Sequential):
     """(B, in_channels, H, W) -> (B, widths[-1], G, H/4, W/4). Raises a ValueError for sides that
@@ -270,9 +270,9 @@ class MNISTBackbone(Backbone):
         cyclic = group == "rotation"
         one, two, three = widths
         super().__init__(
-            LiftingConv2d(in_channels, one, basis, padding_mode),  # (B, one, G, H, W)
+            LiftingConv2d(in_channels, one, basis, padding_mode),    # (B, one, G, H, W)
             PerElement(nn.MaxPool2d(2), nn.ReLU(), nn.BatchNorm2d(one)),
-            GroupConv2d(one, two, basis, extent, cyclic, padding_mode),  # (B, two, G, H/2, W/2)
+            GroupConv2d(one, two, basis, extent, cyclic, padding_mode),    # (B, two, G, H/2, W/2)
             PerElement(nn.MaxPool2d(2), nn.ReLU(), nn.BatchNorm2d(two)),
             GroupConv2d(two, three, basis, extent, cyclic, padding_mode),  # (B, three, G, H/4, W/4)
             PerElement(nn.ReLU(), nn.BatchNorm2d(three)),
@@ -348,7 +348,7 @@ def check_widths(widths, count):
         raise ValueError(f"widths are {tuple(widths)}, but must be {count} numbers of channels")
 
 
-# -------------------------------------------------------------------------- the structure removed
+# ---------------------------------------------------------------------------- the structure removed
 
 class Untied(nn.Module):
     """An ordinary network with a lifted one's activations, but no weight shared along the group.

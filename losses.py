@@ -76,7 +76,7 @@ class AllGather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-# ---------------------------------------------------------------------------- without negatives
+# -------------------------------------------------------------------------------- without negatives
 
 class Predictor(nn.Sequential):
     """q: (N, D) -> (N, D) predicts the other view's projection (Grill et al. 2020)."""

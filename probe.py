@@ -33,12 +33,13 @@ import data as datasets
 import layers
 from hssl import readout
 
-PENALTIES = np.logspace(-1, -4, 7).tolist()   # L2 of the linear classifier, strong to weak
+PENALTIES = np.logspace(-1, -4, 7).tolist()    # L2 of the linear classifier, strong to weak
 ENCODER_SETTINGS = """backbone group group_size widths image_shape kernel_size structure
                       scale_step extent padding""".split()
 
 
-# ----------------------------------------------------------------------------- a run's files
+# ------------------------------------------------------------------------------------ a run's files
+
 def write_whole(path, content):
     """Write bytes to a temporary file beside path and rename it: path is never half written, if
     one program at a time writes it.
@@ -56,7 +57,7 @@ def write_whole(path, content):
 
 def write_checkpoint(path, checkpoint):
     """Write a dict of tensors and plain values by `write_whole`."""
-    content = io.BytesIO()                      # torch.save to a file would hide a full disk.
+    content = io.BytesIO()    # torch.save to a file would hide a full disk.
     torch.save(checkpoint, content)
     write_whole(path, content.getvalue())
 
@@ -127,7 +128,8 @@ def load_data(settings, device, data_dir=None, cache_dir=None):
     )
 
 
-# ----------------------------------------------------------------------------- features
+# ----------------------------------------------------------------------------------------- features
+
 def precision(device, amp):
     """The context of half precision that amp names: "float16", "bfloat16" or "off"."""
     dtype = getattr(torch, amp, None)
@@ -163,7 +165,7 @@ def extract(encoder, data, images, grid, amp="off"):
     means = []
     for batch in batches(encoder, data, images):
         with precision(images.device, amp):
-            maps = encoder(batch)                                   # (B, C', G, H', W')
+            maps = encoder(batch)    # (B, C', G, H', W')
         features.append(readout(maps.float(), grid))
         means.append(readout(maps.float(), 1))
     return torch.cat(features), torch.cat(means)
@@ -190,7 +192,8 @@ def split_training(data):
     return data.subset(rest[:min(10_000, fifth)], test)
 
 
-# ----------------------------------------------------------------------------- measures
+# ----------------------------------------------------------------------------------------- measures
+
 def effective_rank(x):
     """How many dimensions features (N, D) really use: 1 to D.
 
@@ -217,7 +220,7 @@ def neighbours(x, labels, queries, answers, classes, temperature=0.1):
     mean = x.mean(0)
     x = F.normalize(x - mean, dim=1)
     queries = F.normalize(queries - mean, dim=1)
-    similarity, nearest = (queries @ x.T).topk(min(20, len(x)))                     # (M, 20)
+    similarity, nearest = (queries @ x.T).topk(min(20, len(x)))    # (M, 20)
     # The nearest comes first. Without it the exponential overflows for a small temperature.
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
     votes = weights.new_zeros(len(queries), classes)
@@ -346,7 +349,7 @@ def evaluate(encoder, data, grid=2, amp="off", update_statistics=False):
     if len(labels) == 0:
         raise ValueError("no training image has finite features: there is nothing to measure")
 
-    classes = labels.max().item() + 1           # 0 where all labels are -1
+    classes = labels.max().item() + 1    # 0 where all labels are -1
     if classes and labels.min() == labels.max():
         print("all training images are of one class: there is nothing to classify", flush=True)
         classes = 0
@@ -360,7 +363,8 @@ def evaluate(encoder, data, grid=2, amp="off", update_statistics=False):
     return measures | result
 
 
-# ----------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
+
 def write_result(out, settings, result, frozen, epoch):
     """Write OUT/probe.json: `evaluate`'s result with method, epoch and that of the frozen encoder.
 
@@ -400,10 +404,10 @@ def probe_run(folder, device, data_dir, cache_dir, features):
     settings = checkpoint["settings"]
     amp = settings["amp"]
     if device != settings["device"]:
-        amp = "off"                             # It was chosen for the run's device.
+        amp = "off"    # It was chosen for the run's device.
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("PyTorch sees no GPU: use --device cpu")
-    torch.backends.fp32_precision = "ieee"      # GPUs would convolve in TF32.
+    torch.backends.fp32_precision = "ieee"    # GPUs would convolve in TF32.
     encoder.to(device)
     data = load_data(settings, device, data_dir, cache_dir)
     grid = settings["probe_grid"]

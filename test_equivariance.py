@@ -95,7 +95,7 @@ def assert_same_loss_and_gradients(f, h, I, group, x, g1, g2):
         assert (a - b).norm() < TOLERANCE * whole, pair
 
 
-# ---------------------------------------------------------------------------------- exact groups
+# ------------------------------------------------------------------------------------- exact groups
 
 @exact
 def test_equivariance_for_every_element(backbone, options, group):
@@ -213,7 +213,7 @@ def test_equivariance_error_by_hand(on_base):
     assert torch.equal(two, errors[[3, 1]])
 
 
-# ---------------------------------------------------------------------------- approximate groups
+# ------------------------------------------------------------------------------- approximate groups
 
 def band_limited(side, batch=4, waves=12):
     """Smooth images that vanish at the border: the same sums of plane waves at every side."""

@@ -29,7 +29,9 @@ from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, h_ssl_loss, make_gro
 from lars import LARS
 from losses import Predictor, byol, move_target, nt_xent, simsiam
 
-# --------------------------------------------------------------------------------------- settings
+
+# ----------------------------------------------------------------------------------------- settings
+
 # The defaults by data set and, where they differ, by group. PAPER, and the epochs of mnist, cifar10
 # and tiny-imagenet, are the paper's, which does not state the trust coefficient. For the others see
 # experiments/README.md.
@@ -148,7 +150,7 @@ def parse(argv=None):
     return args
 
 
-# --------------------------------------------------------------------------------- the objectives
+# ----------------------------------------------------------------------------------- the objectives
 
 class SelfSupervised(nn.Module):
     """Encoder, head and NT-Xent as one module, so that DistributedDataParallel sees one pass.
@@ -270,7 +272,7 @@ def schedule(step, warmup, total):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-# --------------------------------------------------------------------------------- the processes
+# ------------------------------------------------------------------------------------ the processes
 
 def start_processes(args):
     """One process under python, several under torchrun.
@@ -329,7 +331,7 @@ def end(message, status):
     sys.exit(status)
 
 
-# -------------------------------------------------------------------------------- the run's folder
+# --------------------------------------------------------------------------------- the run's folder
 
 def find_checkpoint(settings):
     """The checkpoint that a run with these settings continues from, or None for a new run.
@@ -370,7 +372,7 @@ def open_log(out, step):
     return path.open("a", buffering=1)
 
 
-# --------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 def load_in_turn(args, rank, local_rank, device, patient):
     """Only the first process downloads and decodes; each machine's first comes next, then all."""

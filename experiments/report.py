@@ -46,7 +46,7 @@ COMPARISONS = {
 }
 
 
-# ----------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 def read_run(folder):
     """The record of a run, a dict, from what train.py wrote into its folder, and run.json.
@@ -112,7 +112,7 @@ def values(runs, row, measure, frozen=False):
     return found
 
 
-# ----------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 def integral_of_cosine(power, angle):
     """The integral of cos^power from 0 to angle, by its reduction formula."""
@@ -164,7 +164,7 @@ def equivalent(n, mean, error, margin=MARGIN):
     return n > 1 and abs(mean) + quantile(0.95, n - 1) * error < margin
 
 
-# ----------------------------------------------------------------------------- Markdown
+# ----------------------------------------------------------------------------------------- Markdown
 
 def line(*cells):
     return f"| {' | '.join(cells)} |"

@@ -34,7 +34,9 @@ sys.path.insert(0, str(ROOT))
 import data as datasets    # noqa: E402
 import probe    # noqa: E402
 
-# ----------------------------------------------------------------------------- the tables
+
+# --------------------------------------------------------------------------------------- the tables
+
 # Settings were chosen on held-out training images with seeds from 100 on.
 
 MNIST = ("--dataset mnist --device cpu --train-images 5000 --batch-size 256 --warmup-epochs 1 "
@@ -136,7 +138,7 @@ TABLES = {
 }
 
 
-# ----------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 def machine(device, processes=1):
     """The machine's processor, or the GPUs of as many processes, in words."""

@@ -79,7 +79,7 @@ def test_the_seed_draws_the_subset(few_glyphs):
 def test_what_is_held_out_is_the_same_for_every_seed(few_glyphs):
     train, test = load_some(validate=80, seed=1)
     assert len(test) == 80 and sorted(train + test) == list(range(200))
-    assert min(test) < 20 and max(test) > 180  # labels may be sorted, so not the last ones
+    assert min(test) < 20 and max(test) > 180    # labels may be sorted, so not the last ones
     some, same_test = load_some(validate=80, train_images=60, seed=2)
     others, _ = load_some(validate=80, train_images=60, seed=3)
     assert same_test == test

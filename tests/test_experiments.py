@@ -32,7 +32,7 @@ def settings(flags):
     return parse([*words, "--device", "cpu"])
 
 
-# ----------------------------------------------------------------------------- what is listed
+# ----------------------------------------------------------------------------------- what is listed
 
 @pytest.mark.parametrize("name, row", LISTED)
 def test_train_takes_every_listed_run(name, row):
@@ -83,7 +83,7 @@ def test_committed_results_are_of_the_listed_rows(path):
         assert settings(run["flags"]) == settings(rows[run["row"]]), run["row"]
 
 
-# ----------------------------------------------------------------------------- training a table
+# --------------------------------------------------------------------------------- training a table
 
 FLAGS = f"--dataset glyphs {' '.join(SMALL)}"
 ROWS = {"h-ssl": f"{FLAGS} --eval-every 1", "a-ssl": f"{FLAGS} --method a-ssl"}
@@ -193,7 +193,7 @@ def test_tables_that_cannot_be_trained_are_refused(flags, words, tmp_path, monke
     assert words in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 @pytest.fixture(scope="module")
 def figures():

@@ -20,7 +20,7 @@ GROUPS = {
 groups = pytest.mark.parametrize("group, shape", GROUPS.values(), ids=GROUPS)
 
 
-# ------------------------------------------------------------------------------- what they do
+# ------------------------------------------------------------------------------------- what they do
 
 @groups
 def test_a_view_is_the_base_of_moved_features(group, shape):
@@ -149,7 +149,7 @@ def test_make_group():
     assert type(make_group("translation", 1, 4, 7, 4, crop=True)) is Crops
 
 
-# ------------------------------------------------------------------------ what does not fit them
+# --------------------------------------------------------------------------- what does not fit them
 
 @pytest.mark.parametrize("call, arguments, message", (
     (Translation, (7, 8, 4), "1 to 7"),

@@ -40,7 +40,7 @@ SESN = {
 }
 
 
-# --------------------------------------------------------------------------------------- the basis
+# ---------------------------------------------------------------------------------------- the basis
 
 @pytest.mark.parametrize("group, group_size", SESN)
 def test_the_basis_is_sesn_s(group, group_size):
@@ -71,7 +71,7 @@ def test_the_basis_is_closed_under_turns():
     assert (at_zero @ combination - turned).norm() < 1e-10 * turned.norm()
 
 
-# --------------------------------------------------------------------------------- the two layers
+# ----------------------------------------------------------------------------------- the two layers
 
 def by_loops(layer, x, cyclic=False):
     """y(g) = bias + Σ_e conv2d( x(g + e), Σ_k weight[:, :, e, k] basis[k, g] ), one at a time."""
@@ -111,7 +111,7 @@ def test_group_convolution(group, group_size, extent, padding):
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
-# --------------------------------------------------------------------------------- SESN's networks
+# ---------------------------------------------------------------------------------- SESN's networks
 
 def convolution(layer, x):
     """A layer of extent 1, one scale at a time."""
@@ -207,7 +207,7 @@ def test_number_of_parameters_is_sesn_s():
     assert sum(parameter.numel() for parameter in parameters) == 10_956_240
 
 
-# ------------------------------------------------------------------------------------ the encoders
+# ------------------------------------------------------------------------------------- the encoders
 
 def test_dense_backbone_shares_nothing():
     """As many outputs a stage as the convolution, and a weight for each pair."""
@@ -244,7 +244,7 @@ def test_make_encoder_hands_all_its_arguments_on():
     assert torch.equal(f(x), expected(x))
 
 
-# --------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 BASIS = steerable_basis("rotation", 4, 5)
 

@@ -13,7 +13,7 @@ import data
 from helpers import FORKS
 
 SIDE = 8
-ORIENTATION = 0x0112  # tags of EXIF
+ORIENTATION = 0x0112    # tags of EXIF
 RESOLUTION = 0x011A
 
 
@@ -53,7 +53,8 @@ def assert_decoded(path, picture, expected, error, **options):
     assert found.shape == expected.shape and np.abs(found - expected).max() <= error, path.name
 
 
-# ---------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
+
 @pytest.mark.parametrize("train, test, unused", (
     ("train", "val", ["Train", "Val"]),
     ("train", "test", ["elsewhere"]),
@@ -83,7 +84,7 @@ def test_about_a_tenth_is_held_out_and_no_file_changes_sides(tmp_path, capsys):
     before = load(tree(tmp_path / "own", *names))
     assert 1 <= len(before.test_files) <= 9 and len(labels_of(before)) == 40
     assert "about a tenth" in capsys.readouterr().out
-    assert 3 < before.train_labels[:16].sum() < 13  # any first part has all classes
+    assert 3 < before.train_labels[:16].sum() < 13    # any first part has all classes
     after = load(tree(tmp_path / "own", *names, "train/a/stray.png", "train/c/0.png"))
     assert len(labels_of(after)) == 42 and before.digest() != after.digest()
     assert set(before.test_files) <= set(after.test_files)
@@ -131,7 +132,8 @@ def test_what_is_a_candidate(tmp_path, capsys):
     assert "._0.png" not in printed and ".txt" not in printed
 
 
-# ----------------------------------------------------------------------------------------- pixels
+# ------------------------------------------------------------------------------------------- pixels
+
 def random_pixels(*channels, dtype=np.uint8):
     rng = np.random.default_rng(0)
     return rng.integers(np.iinfo(dtype).max + 1, size=(SIDE, SIDE, *channels), dtype=dtype)
@@ -221,7 +223,8 @@ def test_mean_and_std_are_those_of_the_training_images(tmp_path):
     assert plain.batch(plain.train_images, torch.tensor([0])).isfinite().all()
 
 
-# -------------------------------------------------------------------------------------- bad files
+# ---------------------------------------------------------------------------------------- bad files
+
 def test_bad_images_are_counted_and_named(tmp_path, monkeypatch, capsys):
     own = forty(tmp_path / "own")
     a = own / "train" / "a"
@@ -230,7 +233,7 @@ def test_bad_images_are_counted_and_named(tmp_path, monkeypatch, capsys):
     (a / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     Image.new("RGB", (16, 16)).save(a / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-    for _ in range(2):  # decoded, and from the cache
+    for _ in range(2):    # decoded, and from the cache
         assert len(labels_of(load(own))) == 40
         printed = capsys.readouterr().out
         assert "3 of 43 images cannot be read" in printed and "Pillow reads no HEIC" in printed
@@ -276,7 +279,8 @@ def test_a_folder_that_cannot_be_entered(tmp_path, monkeypatch):
             load(own)
 
 
-# -------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
+
 def test_images_are_decoded_once_and_anew_after_any_change(tmp_path, capsys):
     own = forty(tmp_path / "own")
     d = load(own)
@@ -294,7 +298,7 @@ def test_images_are_decoded_once_and_anew_after_any_change(tmp_path, capsys):
     assert len(labels_of(load(own))) == 39
     smaller = data.load("folder", own, tmp_path / "cache", image_size=4)
     assert smaller.train_images.shape[1:] == (3, 4, 4)
-    assert len(list((tmp_path / "cache").iterdir())) == 4  # and nothing that is half done
+    assert len(list((tmp_path / "cache").iterdir())) == 4    # and nothing that is half done
 
 
 def test_a_cache_that_cannot_be_written_or_read(tmp_path, monkeypatch):
@@ -328,7 +332,8 @@ def test_programs_that_start_at_once(tmp_path):
     assert digests == [digest(own)] * 2
 
 
-# ---------------------------------------------------------------------------------- Tiny ImageNet
+# ------------------------------------------------------------------------------------ Tiny ImageNet
+
 def write_tiny_imagenet(folder, layout, classes=200):
     """Tiny ImageNet's tree; each image's green is its class."""
     top = folder / "tiny-imagenet-200"

@@ -46,7 +46,8 @@ def normalised():
                          nn.Unflatten(1, (3, 1)))
 
 
-# ----------------------------------------------------------------------------- measures
+# ----------------------------------------------------------------------------------------- measures
+
 def test_effective_rank():
     """Singular values of 3 and 1, whatever the mean and the size."""
     x = torch.tensor([[3.0, 0], [-3, 0], [0, 1], [0, -1]])
@@ -131,7 +132,8 @@ def test_the_penalty_is_chosen_on_rows_that_the_classifier_does_not_see(monkeypa
     assert calls[-1] == (2000, tried[-2])
 
 
-# ----------------------------------------------------------------------------- evaluate
+# ----------------------------------------------------------------------------------------- evaluate
+
 def test_what_is_looked_at_is_drawn_but_alike_for_every_seed():
     """With sorted labels no class would be in both the first fifth and the last twentieth."""
     data = corners(train=1000)
@@ -274,7 +276,8 @@ def test_the_linear_classifier_has_biases():
     assert probe.linear_classifier(x, labels, x, labels, 2) == 90
 
 
-# ----------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
+
 def save_run(folder, **more):
     """A run's folder with a checkpoint of a small encoder, which has no training behind it."""
     torch.manual_seed(1)
@@ -331,7 +334,8 @@ def test_damaged_checkpoints_are_refused_in_one_line(how, tmp_path, capsys):
     assert not (tmp_path / "probe.json").exists()
 
 
-# ----------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
+
 def test_the_command(few_glyphs, tmp_path, capsys):
     """It writes and prints the same: this encoder, and the random one that the seed draws."""
     encoder = save_run(tmp_path, epoch=7)

@@ -23,7 +23,7 @@ for name in ("README.md", "TOUR.md", "experiments/README.md"):
 README = TEXTS["README.md"]
 
 
-# ---------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 
 def commands(text):
     """(script, its arguments) of each command in a document's blocks and in its inline code."""
@@ -94,7 +94,7 @@ def test_flags_in_tables_exist():
     assert checked > 25
 
 
-# ---------------------------------------------------------------------------------------- examples
+# ----------------------------------------------------------------------------------------- examples
 
 def test_examples_run_as_pasted_and_print_what_they_say(monkeypatch, capsys):
     """The first prints four errors, of rounding; the second what stands behind its last line."""

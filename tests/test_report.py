@@ -12,7 +12,7 @@ import report
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# ----------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 @pytest.mark.parametrize("p, freedom, expected", (
     (0.975, 1, 12.706), (0.975, 2, 4.303), (0.975, 3, 3.182), (0.975, 9, 2.262), (0.975, 29, 2.045),
@@ -45,7 +45,7 @@ def test_equivalence_within_half_a_point(n, mean, error, expected):
     assert report.equivalent(n, mean, error) is expected
 
 
-# ----------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 def make_run(row, seed, frozen, trained, training_seconds=60.4):
     """A record with these top-1; neighbours are 10 lower before and 20 lower afterwards."""
@@ -164,7 +164,7 @@ def test_a_table_without_results(monkeypatch, capsys):
     assert "there are no results of 'nosuch': tables.py nosuch" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------- what is committed
+# -------------------------------------------------------------------------------- what is committed
 
 # What a marker in a document stands for: tables that follow it, and numbers of the next paragraph.
 MARKER = re.compile(r"<!-- (table|numbers) of (.+?) -->\n+")

@@ -22,7 +22,7 @@ from losses import byol, nt_xent
 pytestmark = pytest.mark.usefixtures("few_glyphs")
 
 
-# -------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 PAPER = dict(batch_size=4096, lr=0.1, temperature=0.1, warmup_epochs=10, weight_decay=1e-4,
              momentum=0.9, trust_coefficient=0.001, kernel_size=7, method="h-ssl")
@@ -60,7 +60,7 @@ def test_a_warm_up_that_is_too_long(tmp_path, capsys):
     assert rates == pytest.approx([0.1 * k / 30 for k in range(1, 7)])
 
 
-# ----------------------------------------------------------------------------- what a run leaves
+# -------------------------------------------------------------------------------- what a run leaves
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -104,7 +104,7 @@ def test_the_saved_encoder_is_the_one_that_was_measured(run):
     assert written["frozen"]["effective_rank"] != written["effective_rank"]
 
 
-# ---------------------------------------------------------------------------- what a step does
+# --------------------------------------------------------------------------------- what a step does
 
 def nt_xent_of_the_flags(h1, h2):
     return nt_xent(h1, h2, temperature=0.3)
@@ -206,7 +206,7 @@ def test_who_loads_first(monkeypatch):
         assert events.count("wait") == 3
 
 
-# ---------------------------------------------------------------------------------- every method
+# ------------------------------------------------------------------------------------- every method
 
 @pytest.mark.parametrize("flags", (
     "--method a-ssl",
@@ -299,7 +299,7 @@ def test_a_smaller_loss_after_training(tmp_path):
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
-# --------------------------------------------------------------------------- numbers that go wrong
+# ---------------------------------------------------------------------------- numbers that go wrong
 
 @pytest.mark.parametrize("bad_step, message", (
     (4, "the loss is nan at step 5"),
