@@ -44,7 +44,8 @@ class Dataset:
     Images are (N, C, H, W) uint8; labels are (N,) int64, all -1 where there are no classes; files
     are (N,) arrays of relative paths with "/", or of the images' indices in their split where they
     do not come from files of their own. mean and std are on the scale of 0 to 1. Where the mean is
-    0, black is 0 after normalisation too, and meets zero padding without an edge.
+    0, black is 0 after normalisation too, and meets zero padding without an edge. Raises a
+    ValueError for images that are not uint8.
     """
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -55,6 +56,11 @@ class Dataset:
     class_names: list
     mean: float
     std: float
+
+    def __post_init__(self):
+        if self.train_images.dtype != torch.uint8 or self.test_images.dtype != torch.uint8:
+            raise ValueError("images must be uint8, 0 to 255, but these are "
+                             f"{self.train_images.dtype} and {self.test_images.dtype}")
 
     @property
     def classes(self):

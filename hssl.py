@@ -165,9 +165,11 @@ class Translation:
         first = self.corner - (side - window)
         last = self.corner
         self.limits = (first, last)
+        self.image_side = None    # any
         if circular:
             # Shifts by the map's side and more come round again: all integers name an element.
             self.limits = (None, None)
+            self.image_side = side * stride
             first = 0
             last = side - 1
         self.reach = max(-first, last)
@@ -175,7 +177,7 @@ class Translation:
         self.elements = torch.cartesian_prod(steps, steps)    # (M, 2)
 
     def T(self, g, x):
-        check_images(x)
+        check_images(x, self.image_side)
         check_elements(g, (len(x), 2), *self.limits)
         return crop(x, -g * self.stride, x.shape[-2:], self.reach * self.stride, self.circular)
 
@@ -381,8 +383,8 @@ def check_features(z, group_size=None, side=None):
 def check_elements(g, shape, least=None, most=None):
     """Raise a ValueError unless g are integers of this shape, and on a CPU from least to most."""
     if g.shape != shape or g.dtype != torch.int64:
-        raise ValueError(f"g must be integers (int64) {tuple(shape)}, one group element per image, "
-                         f"but is {g.dtype} {tuple(g.shape)}")
+        raise ValueError(f"g must be a tensor of integers (int64) {tuple(shape)}, one group "
+                         f"element per image, but is {g.dtype} {tuple(g.shape)}")
     if least is not None and g.device.type == "cpu" and not ((g >= least) & (g <= most)).all():
         raise ValueError(f"g must be elements of the group, {least} to {most}, but holds "
                          f"{g.min()} to {g.max()}")
@@ -475,8 +477,10 @@ def warp(x, matrix, outside):
     matrix (B, 2, 2).
 
     outside: what lies beyond: "zeros" for images, "border" for features, which go on as at the
-    border.
+    border. Raises a ValueError for maps of integers.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"maps that are read between pixels must be floats, but are {x.dtype}")
     matrix = matrix.to(torch.promote_types(x.dtype, torch.float32))
     affine = F.pad(matrix, (0, 1))    # (B, 2, 3): no shift
     # Half precision would be too coarse for positions.

@@ -114,8 +114,8 @@ class SteerableConv2d(nn.Module):
     """What both layers below share: weights over the basis, the filters they make, padding, bias.
 
     The basis is not in the state_dict: load weights into a layer with the same. Raises a
-    ValueError for another extent or padding mode than these, or no channels, and when maps are
-    smaller than their circular padding.
+    ValueError for another extent or padding mode than these, or no channels, and when images or
+    features have other axes, or are smaller than their circular padding.
 
     Args:
         in_channels, out_channels: C and C'.
@@ -177,6 +177,8 @@ class LiftingConv2d(SteerableConv2d):
         super().__init__(in_channels, out_channels, basis, 1, padding_mode, bias)
 
     def forward(self, x):
+        if x.ndim != 4:
+            raise ValueError(f"images must be (B, C, H, W), but these are {tuple(x.shape)}")
         return self.convolve(x, self.filters())
 
 
@@ -205,6 +207,9 @@ class GroupConv2d(SteerableConv2d):
         self.register_buffer("weight_index", weight_index, persistent=False)
 
     def forward(self, x):
+        if x.ndim != 5 or x.shape[2] != self.group_size:
+            raise ValueError(f"features must be (B, C, {self.group_size}, H, W), "
+                             f"but these are {tuple(x.shape)}")
         x = x.transpose(1, 2).flatten(1, 2)    # (B, G·C, H, W)
         if self.extent == 1:
             return self.convolve(x, self.filters(), groups=self.group_size)
@@ -233,14 +238,14 @@ class PerElement(nn.Sequential):
 # ---------------------------------------------------------------------------------------- backbones
 
 class Backbone(nn.Sequential):
-    """(B, in_channels, H, W) -> (B, widths[-1], G, H/4, W/4). Raises a ValueError for sides that
-    are no multiples of 4."""
+    """(B, in_channels, H, W) -> (B, widths[-1], G, H/4, W/4). Raises a ValueError for other axes,
+    and for sides that are no multiples of 4."""
     stride = 4
 
     def forward(self, x):
-        if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
-            raise ValueError(f"images are {x.shape[-2]}x{x.shape[-1]}, but must have sides "
-                             f"divisible by {self.stride}")
+        if x.ndim != 4 or x.shape[2] % self.stride or x.shape[3] % self.stride:
+            raise ValueError(f"images must be (B, C, H, W), H and W divisible by {self.stride}, "
+                             f"but these are {tuple(x.shape)}")
         # Channels last makes a step 1.1 to 1.2 times as fast on a CPU, by translation.
         return super().forward(x.to(memory_format=torch.channels_last))
 

@@ -107,8 +107,9 @@ def load_run(folder):
 def load_encoder(folder):
     """The trained encoder of a run's folder, in evaluation mode, and the run's settings, a dict.
 
-    It takes images (B, C, H, W) as `data.Dataset.batch` normalises them, and gives features
-    (B, C', G, H', W'). Errors as for `load_run`.
+    It takes images (B, C, H, W) as `data.Dataset.batch` normalises them, pixels from 0 to 1 minus
+    settings["mean"], divided by settings["std"], and gives features (B, C', G, H', W'). Errors as
+    for `load_run`.
     """
     encoder, checkpoint = load_run(folder)
     return encoder, checkpoint["settings"]
@@ -131,7 +132,10 @@ def load_data(settings, device, data_dir=None, cache_dir=None):
 # ----------------------------------------------------------------------------------------- features
 
 def precision(device, amp):
-    """The context of half precision that amp names: "float16", "bfloat16" or "off"."""
+    """The context of half precision that amp names: "float16", "bfloat16" or "off". Raises a
+    ValueError for another name."""
+    if amp not in ("float16", "bfloat16", "off"):
+        raise ValueError(f"amp is {amp!r}, but must be float16, bfloat16 or off")
     dtype = getattr(torch, amp, None)
     return torch.autocast(torch.device(device).type, dtype, enabled=amp != "off")
 

@@ -101,8 +101,8 @@ NUMBERS = {
     "grid": (0, None, "average each map of a view to N x N cells for the head; 0 keeps all"),
     "probe-grid": (0, None, "the same for the detached classifier"),
 }
-# Settings that may differ when a run is resumed.
-FREE = "resume out data_dir cache_dir device save_every log_every eval_every".split()
+# Settings that may differ when a run is resumed. (mean and std follow from the images.)
+FREE = "resume out data_dir cache_dir device save_every log_every eval_every mean std".split()
 
 
 def parse(argv=None):
@@ -396,6 +396,8 @@ def train(args):
     if args.method == "supervised" and data.classes < 2:
         raise ValueError("--method supervised needs labels of two classes or more")
     args.image_shape = list(data.train_images.shape[1:3])
+    args.mean = data.mean
+    args.std = data.std
     torch.manual_seed(args.seed)    # after loading, which may draw random numbers
     group, objective = make_objective(args, data)
     pairs = torch.zeros(1, 2, dtype=torch.int64)    # of no use to frozen and supervised

@@ -154,6 +154,8 @@ def run(args):
     if args.batch_size > count:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {count} training images")
     args.image_shape = list(data.train_images.shape[1:3])
+    args.mean = data.mean
+    args.std = data.std
     torch.manual_seed(args.seed)
     objective, pairs = make_objective(args)
     objective.to(args.device)

@@ -41,6 +41,14 @@ def test_a_batch_is_normalised():
     torch.testing.assert_close(batch.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_images_are_bytes():
+    """Pixels from 0 to 1 would be normalised as if they went to 255."""
+    few = data.glyphs(train=6, test=1)
+    for name in ("train_images", "test_images"):
+        with pytest.raises(ValueError, match="must be uint8"):
+            replace(few, **{name: getattr(few, name) / 255})
+
+
 def test_the_digest_tells_images_labels_and_names_apart():
     few = data.glyphs(train=20, test=5)
     assert replace(few, test_images=few.test_images * 0).digest() == few.digest()

@@ -165,6 +165,9 @@ def test_make_group():
     (allowed_pairs, (Translation(7, 4, 4), 0), "make a pair"),
     (Rotation(3).Γ, (torch.tensor([1]), torch.zeros(1, 1, 3, 6, 7)), "features must be"),
     (readout, (torch.zeros(2, 3, 4, 4), 2), "features must be"),
+    (Translation(8, 4, 2, circular=True).T, (torch.zeros(1, 2).long(), torch.zeros(1, 1, 32, 32)),
+     "images must be"),
+    (Rotation(8).T, (torch.tensor([1]), torch.zeros(1, 1, 8, 8).byte()), "floats"),
 ))
 def test_arguments_that_do_not_fit(call, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -271,6 +271,10 @@ BASIS = steerable_basis("rotation", 4, 5)
     (MNISTBackbone(), (torch.zeros(1, 1, 30, 28),), "divisible by 4"),
     (MNISTBackbone(), (torch.zeros(1, 1, 28, 30),), "divisible by 4"),
     (MNISTBackbone(padding_mode="circular"), (torch.zeros(1, 1, 8, 8),), "smaller kernel"),
+    (MNISTBackbone(), (torch.zeros(1, 28, 28),), "images must be"),
+    (LiftingConv2d(3, 4, BASIS), (torch.zeros(3, 28, 28),), "images must be"),
+    (GroupConv2d(6, 1, BASIS), (torch.zeros(2, 4, 6, 8, 8),), "features must be"),
+    (GroupConv2d(6, 1, BASIS), (torch.zeros(2, 24, 8, 8),), "features must be"),
 ))
 def test_arguments_that_do_not_fit(call, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -242,6 +242,8 @@ def test_half_precision():
 
     encoder[0].register_forward_hook(check_type)
     assert probe.evaluate(encoder, corners(), amp="bfloat16")["top1"] == expected["top1"]
+    with pytest.raises(ValueError, match="amp is 'none'"):
+        probe.evaluate(encoder, corners(), amp="none")
 
 
 def test_labels_with_gaps():

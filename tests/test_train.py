@@ -101,6 +101,7 @@ def test_the_saved_encoder_is_the_one_that_was_measured(run):
     for name, value in found.items():
         assert written[name] == pytest.approx(value), name
     assert written["epoch"] == 2
+    assert (settings["mean"], settings["std"]) == (images.mean, images.std)
     assert written["frozen"]["effective_rank"] != written["effective_rank"]
 
 
