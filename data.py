@@ -59,7 +59,7 @@ class Dataset:
 
     def __post_init__(self):
         if self.train_images.dtype != torch.uint8 or self.test_images.dtype != torch.uint8:
-            raise ValueError("images must be uint8, 0 to 255, but these are "
+            raise ValueError("images must be torch.uint8 tensors, but these are "
                              f"{self.train_images.dtype} and {self.test_images.dtype}")
 
     @property

@@ -480,7 +480,7 @@ def warp(x, matrix, outside):
     border. Raises a ValueError for maps of integers.
     """
     if not x.is_floating_point():
-        raise ValueError(f"maps that are read between pixels must be floats, but are {x.dtype}")
+        raise ValueError(f"maps to be resampled must be floating-point, but are {x.dtype}")
     matrix = matrix.to(torch.promote_types(x.dtype, torch.float32))
     affine = F.pad(matrix, (0, 1))    # (B, 2, 3): no shift
     # Half precision would be too coarse for positions.

@@ -239,7 +239,7 @@ class PerElement(nn.Sequential):
 
 class Backbone(nn.Sequential):
     """(B, in_channels, H, W) -> (B, widths[-1], G, H/4, W/4). Raises a ValueError for other axes,
-    and for sides that are no multiples of 4."""
+    and for sides that are not multiples of 4."""
     stride = 4
 
     def forward(self, x):

@@ -101,7 +101,8 @@ NUMBERS = {
     "grid": (0, None, "average each map of a view to N x N cells for the head; 0 keeps all"),
     "probe-grid": (0, None, "the same for the detached classifier"),
 }
-# Settings that may differ when a run is resumed. (mean and std follow from the images.)
+# Settings that may differ when a run is resumed. (mean and std follow from the images, and older
+# checkpoints lack them.)
 FREE = "resume out data_dir cache_dir device save_every log_every eval_every mean std".split()
 
 

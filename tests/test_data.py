@@ -45,7 +45,7 @@ def test_images_are_bytes():
     """Pixels from 0 to 1 would be normalised as if they went to 255."""
     few = data.glyphs(train=6, test=1)
     for name in ("train_images", "test_images"):
-        with pytest.raises(ValueError, match="must be uint8"):
+        with pytest.raises(ValueError, match="torch.uint8"):
             replace(few, **{name: getattr(few, name) / 255})
 
 

@@ -167,7 +167,7 @@ def test_make_group():
     (readout, (torch.zeros(2, 3, 4, 4), 2), "features must be"),
     (Translation(8, 4, 2, circular=True).T, (torch.zeros(1, 2).long(), torch.zeros(1, 1, 32, 32)),
      "images must be"),
-    (Rotation(8).T, (torch.tensor([1]), torch.zeros(1, 1, 8, 8).byte()), "floats"),
+    (Rotation(8).T, (torch.tensor([1]), torch.zeros(1, 1, 8, 8).byte()), "floating-point"),
 ))
 def test_arguments_that_do_not_fit(call, arguments, message):
     with pytest.raises(ValueError, match=message):
