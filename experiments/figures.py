@@ -2,7 +2,7 @@
 
     pip install -r experiments/requirements.txt
     python experiments/figures.py idea RUN          an image's two views, from a run by rotation
-    python experiments/figures.py curves RUN ...    loss and --eval-every's looks (results/paper/*)
+    python experiments/figures.py curves RUN ...    loss and --eval-every's looks (paper-mnist)
     python experiments/figures.py sweeps            top-1 over base space and over distance
     python experiments/figures.py tour              the pictures of TOUR.md, from its own blocks
 
@@ -32,6 +32,7 @@ BLUE = "#1f5fa8"
 RED = "#c2402a"
 GREY = "#777777"
 COLOURS = {"h-ssl": BLUE, "a-ssl": RED, "supervised": "#2e8b57"}
+STYLES = {"": "-", "on a CPU": "-."}    # of rows "ROW, CHANGE"; another change is dotted
 
 
 def colours(z, fibers):
@@ -133,10 +134,11 @@ def curves(args):
     if args.runs:
         runs = [report.read_run(folder) for folder in args.runs]
     else:
-        runs = report.read_runs("paper")
+        runs = report.read_runs("paper-mnist")
     for run in runs:
         colour = COLOURS.get(run["method"], GREY)
-        style = ":" if "," in run["row"] else "-"    # ROW, CHANGE
+        change = run["row"].partition(", ")[2]
+        style = STYLES.get(change, ":")
         looks = run["looks"]
         before = run["frozen"].get("held_out")
         if not looks or before is None:
