@@ -2,7 +2,7 @@
 
     pip install -r experiments/requirements.txt
     python experiments/figures.py idea RUN          an image's two views, from a run by rotation
-    python experiments/figures.py curves RUN ...    loss and --eval-every's looks (paper-mnist)
+    python experiments/figures.py curves [RUN ...]  loss and looks over training (or paper-mnist)
     python experiments/figures.py sweeps            top-1 over base space and over distance
     python experiments/figures.py tour              the pictures of TOUR.md, from its own blocks
 
@@ -32,7 +32,7 @@ BLUE = "#1f5fa8"
 RED = "#c2402a"
 GREY = "#777777"
 COLOURS = {"h-ssl": BLUE, "a-ssl": RED, "supervised": "#2e8b57"}
-STYLES = {"": "-", "on a CPU": "-."}    # of rows "ROW, CHANGE"; another change is dotted
+STYLES = {"": "-", "on a CPU": "-."}    # by CHANGE of a row "ROW, CHANGE"; others are dotted
 
 
 def colours(z, fibers):
@@ -160,7 +160,8 @@ def curves(args):
     for axes, name in zip(panels, measures):
         frozen = runs[0]["frozen"]["held_out"][name]
         if frozen is not None:
-            axes.axhline(frozen, color=GREY, linestyle="--", label="frozen")
+            label = f"frozen, seed {runs[0]['seed']}"
+            axes.axhline(frozen, color=GREY, linestyle="--", label=label)
     # Seeds share an entry.
     lines, labels = panels[-1].get_legend_handles_labels()
     entries = dict(zip(labels, lines))
