@@ -340,25 +340,6 @@ class Crops(Translation):
         return z
 
 
-def make_group(name, group_size, base_size, side, stride, scale_step=1.41, circular=False,
-               crop=False):
-    """The group, by its name, that moves an encoder's features (B, C, G, side, side), G =
-    group_size.
-
-    base_size is Translation's window, or how many orientations or scales; scale_step is Scale's
-    step; crop takes `Crops` for translation. Raises a ValueError for another name.
-    """
-    if name == "rotation":
-        return Rotation(group_size, base_size)
-    if name == "scale":
-        return Scale(group_size, scale_step, base_size)
-    if name != "translation":
-        raise ValueError(f"group is {name!r}, but must be translation, rotation or scale")
-    if crop:
-        return Crops(side, base_size, stride, circular)
-    return Translation(side, base_size, stride, circular)
-
-
 # ------------------------------------------------------------------------------------ what must fit
 
 def check_images(x, side=None):

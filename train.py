@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data as datasets
 import probe
-from hssl import ProjectionHead, a_ssl_loss, allowed_pairs, h_ssl_loss, make_group, readout
+from hssl import (Crops, ProjectionHead, Rotation, Scale, Translation, a_ssl_loss, allowed_pairs,
+                  h_ssl_loss, readout)
 from lars import LARS
 from losses import Predictor, byol, move_target, nt_xent, simsiam
 
@@ -234,10 +235,14 @@ class Supervised(nn.Module):
 def make_encoder_and_group(args):
     """The encoder, and the group that moves its features. A ValueError where they do not fit."""
     encoder = probe.make_encoder(vars(args))
+    if args.group == "rotation":
+        return encoder, Rotation(args.group_size, args.base_space)
+    if args.group == "scale":
+        return encoder, Scale(args.group_size, args.scale_step, args.base_space)
+    translation = Crops if args.crop else Translation
     side = args.image_shape[1] // encoder.stride
-    group = make_group(args.group, args.group_size, args.base_space, side, encoder.stride,
-                       args.scale_step, args.padding == "circular", args.crop)
-    return encoder, group
+    circular = args.padding == "circular"
+    return encoder, translation(side, args.base_space, encoder.stride, circular)
 
 
 def make_objective(args, data):

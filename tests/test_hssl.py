@@ -5,8 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hssl import (Crops, ProjectionHead, Rotation, Scale, Translation, allowed_pairs, make_group,
-                  readout)
+from hssl import Crops, ProjectionHead, Rotation, Scale, Translation, allowed_pairs, readout
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -140,15 +139,6 @@ def test_readout_keeps_the_layout():
     assert ProjectionHead(24, 16, 8, grid=2, norm=True)(view).shape == (2, 8)
 
 
-def test_make_group():
-    """The name and the arguments reach the classes."""
-    assert make_group("rotation", 8, 3, 7, 4).base_size == 3
-    assert make_group("scale", 3, 1, 7, 4, scale_step=1.3).step == 1.3
-    window = make_group("translation", 1, 4, 7, 4, circular=True)
-    assert type(window) is Translation and window.circular and window.stride == 4
-    assert type(make_group("translation", 1, 4, 7, 4, crop=True)) is Crops
-
-
 # --------------------------------------------------------------------------- what does not fit them
 
 @pytest.mark.parametrize("call, arguments, message", (
@@ -160,7 +150,6 @@ def test_make_group():
     (Scale, (3, 1), "above 1"),
     (Scale, (3, math.nan), "above 1"),
     (Scale, (3, math.inf), "finite"),
-    (make_group, ("shear", 1, 1, 7, 4), "translation, rotation or scale"),
     (allowed_pairs, (Translation(7, 7, 4),), "make a pair"),
     (allowed_pairs, (Translation(7, 4, 4), 0), "make a pair"),
     (Rotation(3).Γ, (torch.tensor([1]), torch.zeros(1, 1, 3, 6, 7)), "features must be"),

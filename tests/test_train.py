@@ -44,6 +44,21 @@ def test_the_defaults_are_the_paper_s(flags, settings):
     assert expected.items() <= found.items()
 
 
+def test_the_group_s_settings_reach_it():
+    def group(*flags):
+        args = train.parse(["--dataset", "mnist", *flags])
+        args.image_shape = [1, 28]
+        _, group = train.make_encoder_and_group(args)
+        return group
+
+    assert group("--group", "rotation", "--group-size", "8", "--base-space", "3").base_size == 3
+    assert group("--group", "scale", "--scale-step", "1.3").step == 1.3
+    window = group("--padding", "circular")
+    assert type(window) is Translation and window.circular and window.stride == 4
+    crops = group("--method", "a-ssl", "--crop")
+    assert type(crops) is Crops and not crops.circular
+
+
 def test_schedule():
     """A linear warm-up over 10 steps, then a cosine to 0."""
     factors = [train.schedule(step, 10, 30) for step in range(31)]
