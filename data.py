@@ -45,7 +45,7 @@ class Dataset:
     are (N,) arrays of relative paths with "/", or of the images' indices in their split where they
     do not come from files of their own. mean and std are on the scale of 0 to 1. Where the mean is
     0, black is 0 after normalisation too, and meets zero padding without an edge. Raises a
-    ValueError for images that are not uint8.
+    ValueError for images or labels of another type.
     """
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -58,9 +58,12 @@ class Dataset:
     std: float
 
     def __post_init__(self):
-        if self.train_images.dtype != torch.uint8 or self.test_images.dtype != torch.uint8:
-            raise ValueError("images must be torch.uint8 tensors, but these are "
-                             f"{self.train_images.dtype} and {self.test_images.dtype}")
+        for split in ("train", "test"):
+            images = getattr(self, f"{split}_images").dtype
+            labels = getattr(self, f"{split}_labels").dtype
+            if images != torch.uint8 or labels != torch.int64:
+                raise ValueError("images must be torch.uint8 and labels torch.int64, but those of "
+                                 f"the {split} split are {images} and {labels}")
 
     @property
     def classes(self):

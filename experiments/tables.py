@@ -183,6 +183,8 @@ def train_row(args, row, seed):
     script, words = split_script(args.rows[row])
     command = [*args.launcher, str(ROOT / script), *words, "--seed", str(seed), "--out", str(out)]
     command += ["--data-dir", args.data_dir, "--resume"]
+    if args.eval_every is not None:
+        command += ["--eval-every", args.eval_every]
     environment = dict(os.environ)
     if args.jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))
@@ -268,6 +270,7 @@ def parse(argv=None):
     add("--jobs", type=int, default=1, help="runs at a time; on a CPU they share the cores (1)")
     add("--launcher", type=shlex.split, default=[sys.executable], metavar="COMMAND",
         help="what starts train.py (this Python)")
+    add("--eval-every", metavar="EPOCHS", help="passed to train.py, for figures.py curves (never)")
     add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
     add("--runs", default="runs/experiments", help="folder of the runs' folders")
     add("--results", default=str(report.RESULTS), help="folder of the JSON files")

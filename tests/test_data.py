@@ -41,12 +41,16 @@ def test_a_batch_is_normalised():
     torch.testing.assert_close(batch.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_images_are_bytes():
+@pytest.mark.parametrize("split", ("train", "test"))
+def test_images_are_bytes_and_labels_whole_numbers(split):
     """Pixels from 0 to 1 would be normalised as if they went to 255."""
     few = data.glyphs(train=6, test=1)
-    for name in ("train_images", "test_images"):
-        with pytest.raises(ValueError, match="torch.uint8"):
-            replace(few, **{name: getattr(few, name) / 255})
+    images = getattr(few, f"{split}_images") / 255
+    with pytest.raises(ValueError, match=f"{split} split are torch.float32 and torch.int64"):
+        replace(few, **{f"{split}_images": images})
+    labels = getattr(few, f"{split}_labels").byte()
+    with pytest.raises(ValueError, match=f"{split} split are torch.uint8 and torch.uint8"):
+        replace(few, **{f"{split}_labels": labels})
 
 
 def test_the_digest_tells_images_labels_and_names_apart():
