@@ -58,7 +58,7 @@ def picture(figure, left, bottom, size, values, title="", edge=None, fontsize=10
     options.setdefault("cmap", "gray")
     axes.imshow(values.numpy(), **options)
     axes.set(xticks=[], yticks=[])
-    axes.set_title(title, fontsize=fontsize, pad=3)
+    axes.set_title(title, fontsize=fontsize, pad=5)
     for spine in axes.spines.values():
         spine.set_color(edge or "black")
         spine.set_linewidth(2.5 if edge else 0.8)
@@ -283,7 +283,8 @@ def tour_views(tour):
         picture(figure, 0.53 + 0.27 * k, 0.59, 0.23, tour.crops.T(g, x)[0, 0],
                 f"A-SSL: crop {k + 1}", colour, fontsize=9)
 
-    titles = ("0°: G0", "90°: view of g = 270°", "180°: view of g = 180°", "270°: view of g = 90°")
+    titles = ("0°: G0, g = 0°", "90°: view of g = 270°", "180°: view of g = 180°",
+              "270°: view of g = 90°")
     for k, title in enumerate(titles):
         # As filters that are turned by k see it.
         turned = tour.group.T(torch.tensor([-k]), x)[0, 0]
@@ -299,14 +300,14 @@ def tour_views(tour):
         if abs(g) < 2:
             boxes.append((1 - g, BLUE, "-"))
         else:
-            boxes.append((1 - g, RED, "--"))
+            boxes.append((1 - g, "lightgrey", "--"))
         for scale, colour, style in boxes:
             axes.add_patch(Rectangle((scale - 0.4, -g - 0.35), 0.8, 0.7, facecolor=colour,
                                      edgecolor="black", linestyle=style))
     axes.set(xlim=(-2.4, 3.6), ylim=(-2.6, 2.6))
     axes.axis("off")
-    axes.set_title("scale: the view of g reads scale 1 − g of 0, 1, 2;\nat ±2 the axis has ended "
-                   "(red)", fontsize=9)
+    axes.set_title("scale: of the scales 0, 1, 2 the view of g reads scale 1 − g;\nat ±2 the axis "
+                   "has ended (dashed)", fontsize=9)
     return figure
 
 
