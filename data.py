@@ -31,7 +31,7 @@ DOWNLOAD_TIMEOUT = 60    # seconds for which a server may be silent
 
 LAYOUTS = "train/CLASS/... with val/CLASS/... or test/CLASS/..., or images without classes"
 HIDDEN = re.compile(r"\.|@eaDir$")    # the latter holds previews
-SPLITS = ["train", "val", "valid", "validation", "test"]    # in any case; two of them are used
+SPLITS = ["train", "val", "valid", "validation", "test"]    # in upper or lower case; two are used
 EXTENSIONS = (".jpg .jpeg .jpe .jfif .mpo .png .webp .tif .tiff .bmp .gif .ppm .pgm .pbm .pnm "
               ".jp2 .avif .heic .heif").split()
 CACHE_FORMAT = 1    # to be raised whenever the same files would give other pixels
@@ -216,10 +216,10 @@ def tiny_imagenet(folder, cache_dir):
 def image_folder(folder, cache_dir, side):
     """Images in one of LAYOUTS, resized and cropped to C x side x side; C is 1 if all are grey.
 
-    The test split is the folder val, valid, validation or test, in any case. Without one, about a
-    tenth is held out by a hash of each file's relative path, so that no file changes sides when
-    others come. The same hash gives the order. A class is what val/val_annotations.txt (of Tiny
-    ImageNet) says, or else a folder above the image. Errors as for `load`.
+    The test split is the folder val, valid, validation or test, in upper or lower case. Without
+    one, about a tenth is held out by a hash of each file's relative path, so that no file changes
+    sides when others come. The same hash gives the order. A class is what val/val_annotations.txt
+    (of Tiny ImageNet) says, or else a folder above the image. Errors as for `load`.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: expected one with {LAYOUTS}")

@@ -37,8 +37,8 @@ def equivariance_error(f, group, x, elements=None, on_base=False):
             batch norm's running statistics would move.
         group, x: one of the groups below, and images.
         elements: some of the group's elements, (M, ...); all of them if None.
-        on_base: compare on the base space alone: for translation clear of the borders, for scale
-            of the ends of the axis.
+        on_base: compare on the base space alone: for translation without the zeros that Γ_g moves
+            in, for scale without the ends of the axis.
     """
     if elements is None:
         elements = group.elements
@@ -75,8 +75,8 @@ def h_ssl_loss(f, h, I, group, x, g1, g2):
     """L_H: the image passes through the encoder once, and both views are read from its features.
 
     Arguments as for `a_ssl_loss`. Where Eq. (1) holds exactly, the two losses are equal, and so
-    are their gradients. With |G0| = 1 on translation this is the local patch-against-patch loss
-    of Deep InfoMax (local), CPC and Greedy InfoMax.
+    are their gradients. With |G0| = 1 on translation this is of the family of local
+    patch-against-patch losses: Deep InfoMax (local), CPC, Greedy InfoMax.
     """
     z = f(x)
     view1 = group.view(g1, z)

@@ -287,9 +287,13 @@ def start_processes(args):
     all processes (None under python) that waits for a day, for what the first process does alone.
     Raises a ValueError for a batch that they cannot share, or too few GPUs.
     """
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = 0
+    local_rank = 0
+    world = 1
+    if "RANK" in os.environ:    # torchrun's; WORLD_SIZE alone may have been left by something else
+        rank = int(os.environ["RANK"])
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        world = int(os.environ["WORLD_SIZE"])
     if args.batch_size % world or args.batch_size < 2 * world:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
                          "take a multiple that leaves each two images or more")

@@ -12,7 +12,8 @@
     paper-...                the paper's settings, for --launcher "torchrun --nproc_per_node=8"
 
 It writes results/NAME.json, which keeps the runs that it has, and prints it as a table. Finished
-runs in the folder --runs are not trained again, interrupted ones go on from their checkpoint.
+runs in the folder --runs are not trained again; interrupted ones of train.py go on from their
+checkpoint.
 """
 import argparse
 import json
@@ -183,7 +184,7 @@ def train_row(args, row, seed):
     script, words = split_script(args.rows[row])
     command = [*args.launcher, str(ROOT / script), *words, "--seed", str(seed), "--out", str(out)]
     command += ["--data-dir", args.data_dir, "--resume"]
-    if args.eval_every is not None:
+    if args.eval_every is not None and script == "train.py":
         command += ["--eval-every", args.eval_every]
     environment = dict(os.environ)
     if args.jobs > 1:

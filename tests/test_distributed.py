@@ -198,3 +198,14 @@ def test_a_process_needs_two_images(flags, world, monkeypatch, tmp_path, capsys)
     assert f"cannot be shared by {world} processes" in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_one_process_without_torchrun(monkeypatch, tmp_path, few_glyphs):
+    """Whatever WORLD_SIZE a shell has: a step takes the whole batch."""
+    train_here(tmp_path / "alone")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train_here(tmp_path / "left")
+    losses = []
+    for name in ("alone", "left"):
+        losses.append([line["loss"] for line in log_of(tmp_path / name)])
+    assert losses[0] == losses[1]
