@@ -293,7 +293,7 @@ def start_processes(args):
     if "RANK" in os.environ:    # torchrun's; WORLD_SIZE alone may have been left by something else
         rank = int(os.environ["RANK"])
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        world = int(os.environ["WORLD_SIZE"])
+        world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world or args.batch_size < 2 * world:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
                          "take a multiple that leaves each two images or more")
