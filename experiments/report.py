@@ -9,7 +9,7 @@ train.py wrote, and may hold a run.json with "row", "machine" and "commit".
 means: frozen → trained encoder, each as mean ± standard deviation over n whole trainings. Linear
 is the linear classifier and neighbours the vote of the 20 nearest, both top-1 on test images in
 percent. They read the maps averaged to --probe-grid, 2x2 here, and under "mean" the mean over all
-positions. Rank is the effective rank. Time is that of the training steps, the mean of the runs.
+positions. Rank is the effective rank. Time is that of the training steps, the median of the runs.
 
 differences: the mean difference of two rows over the n seeds that both have, with its 95 % interval
 by Student's t. It speaks of other seeds, not of other images, and each interval stands alone. ≈
@@ -220,7 +220,7 @@ def means(runs):
         epochs = {run["epoch"] for run in of_row}
         seconds = [run["training_seconds"] for run in of_row]
         cells = [row, str(len(of_row)), ", ".join(str(epoch) for epoch in sorted(epochs))]
-        cells.append(in_words(statistics.mean(seconds)))
+        cells.append(in_words(statistics.median(seconds)))
         for key in MEASURES.values():
             digits = 0 if key == "effective_rank" else 2
             frozen = mean_cell(values(runs, row, key, frozen=True), digits)
