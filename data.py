@@ -10,8 +10,6 @@ import os
 import re
 import socket
 import tempfile
-import unicodedata
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,42 +26,40 @@ MOMENTS = {"mnist": (0.0, 0.3081), "cifar10": (0.4734, 0.2516)}    # mean and st
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 DOWNLOAD_TIMEOUT = 60    # seconds for which a server may be silent
-
-LAYOUTS = "train/CLASS/... with val/CLASS/... or test/CLASS/..., or images without classes"
-HIDDEN = re.compile(r"\.|@eaDir$")    # the latter holds previews
-SPLITS = ["train", "val", "valid", "validation", "test"]    # in upper or lower case; two are used
-EXTENSIONS = (".jpg .jpeg .jpe .jfif .mpo .png .webp .tif .tiff .bmp .gif .ppm .pgm .pbm .pnm "
-              ".jp2 .avif .heic .heif").split()
-CACHE_FORMAT = 1    # to be raised whenever the same files would give other pixels
+CACHE_FORMAT = 2    # to be raised whenever the same files would give other pixels
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Two splits of images, and what they are normalised by.
 
-    Images are (N, C, H, W) uint8; labels are (N,) int64, all -1 where there are no classes; files
-    are (N,) arrays of relative paths with "/", or of the images' indices in their split where they
-    do not come from files of their own. mean and std are on the scale of 0 to 1. Where the mean is
-    0, black is 0 after normalisation too, and meets zero padding without an edge. Raises a
-    ValueError for images or labels of another type.
+    Images are (N, C, H, W) uint8; labels are (N,) int64, from 0 to classes - 1, or all -1 in a
+    split without labels; anything else is a ValueError. mean and std are on the scale of 0 to 1.
+    Where the mean is 0, black stays 0 when normalised, and meets zero padding without an edge.
     """
     train_images: torch.Tensor
     train_labels: torch.Tensor
-    train_files: np.ndarray
     test_images: torch.Tensor
     test_labels: torch.Tensor
-    test_files: np.ndarray
     class_names: list
     mean: float
     std: float
 
     def __post_init__(self):
         for split in ("train", "test"):
-            images = getattr(self, f"{split}_images").dtype
-            labels = getattr(self, f"{split}_labels").dtype
-            if images != torch.uint8 or labels != torch.int64:
-                raise ValueError("images must be torch.uint8 and labels torch.int64, but those of "
-                                 f"the {split} split are {images} and {labels}")
+            images = getattr(self, f"{split}_images")
+            labels = getattr(self, f"{split}_labels")
+            n = len(images)
+            if images.dtype != torch.uint8 or images.ndim != 4 or n == 0:
+                raise ValueError(f"{split} images must be (N, C, H, W) torch.uint8, N at least 1, "
+                                 f"but are {tuple(images.shape)} {images.dtype}")
+            if labels.dtype != torch.int64 or labels.shape != (n,):
+                raise ValueError(f"{split} labels must be ({n},) torch.int64, one an image, "
+                                 f"but are {tuple(labels.shape)} {labels.dtype}")
+            low, high = labels.aminmax()
+            if (low < 0 or high >= self.classes) and not low == high == -1:
+                raise ValueError(f"{split} labels go from {low} to {high}, with {self.classes} "
+                                 "classes: they must be 0 or more and less than that, or all -1")
 
     @property
     def classes(self):
@@ -75,23 +71,22 @@ class Dataset:
         return picked.sub_(255 * self.mean).div_(255 * self.std)
 
     def subset(self, train, test=None):
-        """The Dataset of the training images with the indices train, an array or a tensor.
-
-        The training images with the indices test, if given, take the place of the test images.
-        """
-        fields = {}
-        for kind in ("images", "labels", "files"):
-            whole = getattr(self, f"train_{kind}")
-            fields[f"train_{kind}"] = whole[train]
-            if test is not None:
-                fields[f"test_{kind}"] = whole[test]
-        return replace(self, **fields)
+        """The Dataset of the training images with the indices train, an array or a tensor; those
+        with the indices test, if given, take the place of the test images."""
+        images = self.train_images
+        labels = self.train_labels
+        data = replace(self, train_images=images[train], train_labels=labels[train])
+        if test is None:
+            return data
+        return replace(data, test_images=images[test], test_labels=labels[test])
 
     def digest(self):
-        """The SHA-256, in hexadecimal digits, of the training images, labels and file names."""
-        digest = hashlib.sha256(self.train_images.cpu().flatten().numpy())
-        rest = self.train_images.shape, self.train_labels.tolist(), self.train_files.tolist()
-        digest.update(repr(rest).encode())
+        """The SHA-256, in hexadecimal digits, of the images and labels of both splits."""
+        digest = hashlib.sha256()
+        for value in vars(self).values():
+            if torch.is_tensor(value):
+                digest.update(repr(value.shape).encode())
+                digest.update(value.cpu().contiguous().numpy())
         return digest.hexdigest()
 
 
@@ -101,18 +96,9 @@ def load(name, folder="datasets", cache_dir="datasets", device="cpu", train_imag
 
     "glyphs" is drawn on the spot; "mnist", "cifar10" and "tiny-imagenet" are downloaded into the
     folder when absent; "folder" is your own images, image_size pixels (64) wide and high.
-
     validate: this many training images, the same for every seed, replace the test split.
     train_images: this many of the rest are used (None: all), drawn by seed. The order stays.
-
-    The images of "tiny-imagenet" and "folder" are decoded into one tensor, which has to fit in
-    memory (twice, while they are decoded), and kept as CACHE_DIR/NAME-HASH.pt. The hash is over
-    all that the pixels depend on, so what was made from images that have changed is never
-    opened again. Old files are to be deleted by hand. A killed program may leave a folder
-    tmp... there; it can be deleted.
-
-    Raises a ValueError or OSError of one line for an unknown name, files that cannot be downloaded,
-    read or written, too few images, or an image_size for another data set.
+    Raises a ValueError or OSError, in one line, for what cannot be loaded.
     """
     if "" in (folder, cache_dir):
         raise ValueError("the name of a folder is empty: the current folder is '.'")
@@ -127,7 +113,7 @@ def load(name, folder="datasets", cache_dir="datasets", device="cpu", train_imag
     elif name == "tiny-imagenet":
         data = tiny_imagenet(folder, cache_dir)
     elif name == "folder":
-        data = image_folder(folder, cache_dir, image_size or 64)
+        data = image_folder(folder, cache_dir, image_size or 64, class_of_file={})
     else:
         raise ValueError(f"there is no data set {name!r}, only glyphs, mnist, cifar10, "
                          "tiny-imagenet and folder")
@@ -152,8 +138,6 @@ def load(name, folder="datasets", cache_dir="datasets", device="cpu", train_imag
     return replace(data, **on_device)
 
 
-# -------------------------------------------------------------------- data sets that are downloaded
-
 @contextmanager
 def _downloading(name, folder, files):
     """Bound how long a server may be silent, and fail in one line."""
@@ -163,16 +147,15 @@ def _downloading(name, folder, files):
     try:
         yield
     except Exception as error:    # no network, no room, a damaged archive: it can fail in any way
-        raise ValueError(f"cannot download or read {name} ({error!r}): another program "
-                         f"may be extracting it, then start again; otherwise put {files} into "
-                         f"{folder}") from None
+        raise ValueError(f"cannot download or read {name} ({error!r}): if no other program is "
+                         f"extracting it, put {files} into {folder}") from None
     finally:
         socket.setdefaulttimeout(timeout_before)
 
 
 def from_torchvision(name, folder):
     """MNIST (60,000 training and 10,000 test images, 1x28x28, 10 classes) or CIFAR-10 (50,000 and
-    10,000, 3x32x32, 10 classes). Errors as for `load`."""
+    10,000, 3x32x32, 10 classes)."""
     from torchvision import datasets    # here, since it takes seconds
 
     fields = []
@@ -181,208 +164,134 @@ def from_torchvision(name, folder):
             split = getattr(datasets, name.upper())(folder, train=train, download=True)
             images = torch.as_tensor(split.data)    # (N, H, W), or (N, H, W, C) of coloured ones
             images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
-            labels = torch.as_tensor(split.targets)
-            if len(labels) != len(images):
-                raise ValueError(f"{len(images)} images, {len(labels)} labels")
-            fields += [images, labels, np.arange(len(labels))]
+            fields += [images, torch.as_tensor(split.targets)]
     return Dataset(*fields, split.classes, *MOMENTS[name])
 
 
 def tiny_imagenet(folder, cache_dir):
     """Tiny ImageNet: 100,000 training, 10,000 (validation) test images, 3x64x64, 200 classes.
+    The validation images may have been sorted into class folders."""
+    from torchvision.datasets.utils import download_and_extract_archive
 
-    The validation images may have been sorted into folders. Errors as for `load`.
-    """
     tree = folder / "tiny-imagenet-200"
     if not tree.exists():
-        from torchvision.datasets.utils import download_and_extract_archive
-
         with _downloading("Tiny ImageNet", folder, f"{TINY_IMAGENET_URL}, unpacked,"):
             folder.mkdir(parents=True, exist_ok=True)
             # Extracted under another name and renamed, so that the tree is never half of it.
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 download_and_extract_archive(TINY_IMAGENET_URL, scratch, md5=TINY_IMAGENET_MD5)
-                if not tree.exists():
-                    Path(scratch, tree.name).replace(tree)
-    data = image_folder(tree, cache_dir, 64)
+                Path(scratch, tree.name).replace(tree)
+    class_of_file = {}
+    annotations = tree / "val" / "val_annotations.txt"
+    if annotations.exists():
+        class_of_file = dict(re.findall(r"(\w+\.JPEG)\t(n\d+)", annotations.read_text()))
+    data = image_folder(tree, cache_dir, 64, class_of_file)
     if data.classes != 200:
-        raise ValueError(f"{tree / 'train'} has {data.classes} classes, where 200 were expected: "
-                         "another program may be extracting it")
+        raise ValueError(f"{tree / 'train'} has {data.classes} classes, where 200 were expected")
     return replace(data, mean=0.442, std=0.278)
 
 
-# ------------------------------------------------------------------------ image files, decoded once
+def image_folder(folder, cache_dir, side, class_of_file):
+    """Your own images, resized and cropped to C x side x side; C is 1 if all of them are grey.
 
-def image_folder(folder, cache_dir, side):
-    """Images in one of LAYOUTS, resized and cropped to C x side x side; C is 1 if all are grey.
-
-    The test split is the folder val, valid, validation or test, in upper or lower case. Without
-    one, about a tenth is held out by a hash of each file's relative path, so that no file changes
-    sides when others come. The same hash gives the order. A class is what val/val_annotations.txt
-    (of Tiny ImageNet) says, or else a folder above the image. Errors as for `load`.
+    They are listed as torchvision's ImageFolder lists them: training images in train/CLASS/, test
+    images in val/CLASS/. class_of_file, a dict, may name a file's class instead. Without val/,
+    every tenth image in the order of names is a test image. Without train/, the class folders are
+    those in the folder itself. With fewer than two there are no classes: all labels are -1.
     """
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}: expected one with {LAYOUTS}")
-    files = []
-    errors = []
-    for parent, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
-        target = Path(parent).resolve()
-        parents = [(folder / above).resolve() for above in Path(parent).relative_to(folder).parents]
-        if any(above.is_relative_to(target) for above in parents):
-            folders.clear()    # a link to a folder above it goes round for ever
-            continue
-        folders[:] = [name for name in folders if not HIDDEN.match(name)]
-        for name in names:
-            path = Path(parent, name).relative_to(folder)
-            if path.suffix.lower() in EXTENSIONS and not HIDDEN.match(name):
-                files.append(path.parts)
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-    top_folders = {parts[0] for parts in files if len(parts) > 1}
-    # Where both are there, train and not Train.
-    parent_of_split = {parent.lower(): parent for parent in sorted(top_folders)}
-    splits = []
-    class_names = []
-    if "train" in parent_of_split:
-        # The training folder and the first test folder; others are not used.
-        splits = [parent_of_split[name] for name in SPLITS if name in parent_of_split][:2]
-        unused = sorted(top_folders.difference(splits))
-        if unused:
-            print(f"{folder}: not used, though they hold images: {unused}")
-        named = {parts[1] for parts in files if parts[0] == splits[0] and len(parts) > 2}
-        class_names = sorted(named)
-    # A folder that cannot be listed matters if it is used, or could be the missing test folder.
-    for error in errors:
-        if not splits:
-            raise error
-        parent = Path(error.filename).relative_to(folder).parts[0]
-        if parent in splits or (len(splits) == 1 and parent.lower() in SPLITS):
-            raise error
-
-    class_of_test_file = {}
-    annotations = folder.joinpath(*splits[1:], "val_annotations.txt")
-    if annotations.exists():
-        for line in annotations.read_text(encoding="utf-8-sig").splitlines():
-            name, _, rest = line.partition("\t")
-            class_of_test_file[name] = rest.split("\t")[0]
-
-    label_of_class = {name: label for label, name in enumerate(class_names)}
-    rows = []
-    for parts in files:
-        if splits and parts[0] not in splits:
-            continue
-        path = "/".join(parts)
-        file = folder / path
-        normal_path = unicodedata.normalize("NFC", path)    # macOS stores another form
-        path_hash = hashlib.sha256(normal_path.encode(errors="surrogatepass")).hexdigest()
-        is_test = int(path_hash, 16) % 10 == 0
-        candidates = parts[1:-1]
-        if len(splits) == 2:
-            is_test = parts[0] == splits[1]
-            if is_test:
-                candidates = (class_of_test_file.get(parts[-1]), *candidates)
-        label = next((label_of_class[name] for name in candidates if name in label_of_class), -1)
-        if class_names and label < 0:
-            raise ValueError(f"{path!r} in {folder} is in none of its {len(class_names)} classes")
-        # A dangling link has only its own status; `_decode` reports it.
-        status = file.stat(follow_symlinks=file.exists())
-        rows.append((is_test, path_hash, path, label, status.st_size, status.st_mtime_ns))
-    rows.sort()
-
-    key = hashlib.sha256(repr((CACHE_FORMAT, side, folder.resolve(), rows)).encode()).hexdigest()
-    cache = cache_dir / f"{folder.resolve().name}-{key[:32]}.pt"
-    if not cache.exists():
-        _decode_all(folder, rows, side, cache)
+    folder = folder.resolve()
+    roots = [folder / "train", folder / "val"]
+    if not roots[0].is_dir():
+        roots = [folder]
     try:
-        images, rows, mean, std, report = torch.load(cache, mmap=True, weights_only=True)
-    except Exception as error:
-        raise ValueError(f"cannot read {cache} ({error!r}): with another cache folder, "
-                         "it is made anew") from None
-    is_test, _, paths, labels, _, _ = zip(*rows)
-    files = np.array(paths)
+        _, label_of_class = find_classes(roots[0])
+    except FileNotFoundError:    # no folders in it
+        label_of_class = {}
+    if len(label_of_class) == 1:
+        label_of_class = {}
+
+    files = []
+    labels = []
+    is_test = []
+    for root in roots:
+        for path, _ in make_dataset(root, {".": 0}, IMG_EXTENSIONS, allow_empty=True):
+            path = Path(path)
+            name = class_of_file.get(path.name, path.relative_to(root).parts[0])
+            if label_of_class and name not in label_of_class:
+                raise ValueError(f"{str(path)!r} is in none of the class folders of {roots[0]}")
+            files.append(path)
+            labels.append(label_of_class.get(name, -1))
+            is_test.append(root != roots[0])
+    if all(is_test):
+        raise ValueError(f"there are no images in {roots[0]}: expected train/CLASS/... and "
+                         "val/CLASS/..., or CLASS/..., or images without classes")
     labels = torch.tensor(labels)
-    n = is_test.count(False)
-    test_name = "about a tenth, held out by name"
-    if len(splits) == 2:
-        test_name = splits[1]
-    print(f"{folder}: {n} training images, {len(rows) - n} test images ({test_name}), "
-          f"{len(class_names) or 'no (they need train/CLASS/...)'} classes{report}", flush=True)
-    return Dataset(images[:n], labels[:n], files[:n], images[n:], labels[n:], files[n:],
-                   class_names, mean, std)
+    is_test = torch.tensor(is_test)
+    print(f"{folder}: {len(files)} images, {len(label_of_class)} classes", flush=True)
+    if not is_test.any():
+        print("every tenth of them is a test image: there is no train/ with val/", flush=True)
+        is_test[::10] = True
+
+    images = _decode_once(files, side, cache_dir / folder.name)
+    train_images = images[~is_test]
+    sample = train_images[::1 + len(train_images) // 1000] / 255    # at most 1,000, of all classes
+    mean = sample.mean().item()
+    std = sample.std(correction=0).item() or 1.0    # images of one colour stay as they are
+    return Dataset(train_images, labels[~is_test], images[is_test], labels[is_test],
+                   list(label_of_class), mean, std)
 
 
-def _decode_all(folder, rows, side, cache):
-    """Decode the images of all rows, in threads, and write the pixels into the file `cache`.
+def _decode_once(files, side, cache):
+    """The pixels of the files, (N, C, side, side) uint8, which are kept as CACHE-HASH.pt.
 
-    It is written in a folder of its own and then renamed, so that programs that start at the same
-    time cannot disturb each other. mean and std are those of the first 1,000 training images.
+    The hash is over all that they depend on, so that changed images are decoded anew; old caches
+    are to be deleted by hand.
     """
-    print(f"decoding {len(rows)} images into {cache}", flush=True)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
-        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            paths = [folder / row[2] for row in rows]
-            results = pool.map(_decode, paths, [side] * len(rows))
-
-        readable = []
-        pixels = []
-        faults = []
-        for row, result in zip(rows, results):
-            if isinstance(result, str):
-                faults.append(f"{row[2]!r} ({result})")
-            else:
-                readable.append(row)
-                pixels.append(result)
-        report = ""
-        if faults:
-            report = (f"; {len(faults)} of {len(rows)} images cannot be read: "
-                      f"{', '.join(faults[:5])}; Pillow reads no HEIC, and "
-                      "PIL.Image.MAX_IMAGE_PIXELS raises its limit of pixels")
-        train = sum(not row[0] for row in readable)
-        if len(faults) > len(readable) or train in (0, len(readable)):
-            raise ValueError(f"{folder} has {train} training and {len(readable) - train} test "
-                             f"images, too few: expected {LAYOUTS}{report}")
-
+    origin = [CACHE_FORMAT, side]
+    for path in files:
+        status = os.stat(path)
+        origin += [path, status.st_size, status.st_mtime_ns]
+    key = hashlib.sha256(repr(origin).encode()).hexdigest()
+    cache = Path(f"{cache}-{key[:32]}.pt")
+    if not cache.exists():
+        print(f"decoding {len(files)} images into {cache}", flush=True)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor() as pool:
+            pixels = list(pool.map(_decode, files, [side] * len(files)))
         images = torch.from_numpy(np.stack(pixels))
-        if (images[:, :1] == images).all():
+        if torch.equal(images, images[:, :1].expand_as(images)):
             images = images[:, :1].contiguous()
-        sample = images[:min(train, 1000)] / 255
-        std = sample.std(correction=0).item() or 1.0    # images of one colour stay as they are
-        mean = sample.mean().item()
-        temporary = Path(scratch, cache.name)
-        torch.save((images, readable, mean, std, report), temporary)
-        temporary.replace(cache)
+        # Renamed from a folder of its own, so that the file is never half of it.
+        with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
+            with open(f"{scratch}/pixels", "wb") as file:    # by a path it would hide a full disk
+                torch.save(images, file)
+            os.replace(file.name, cache)
+    try:
+        return torch.load(cache, mmap=True, weights_only=True)
+    except Exception as error:    # a damaged file can make it fail in any way
+        raise ValueError(f"cannot read {cache} ({error!r}): delete it, and it is made "
+                         "anew") from None
 
 
 def _decode(path, side):
-    """An image upright, on black, its shorter side resized to `side`, cropped at the centre.
-
-    Returns its pixels (3, side, side) uint8, or, in words, why it cannot be read.
-    """
+    """The pixels (3, side, side) uint8 of an image: upright, its shorter side resized to `side`,
+    cropped at the centre. Raises a ValueError that names the file."""
     try:
-        if not path.is_file():    # a named pipe would wait for ever
-            return "not a regular file"
         with Image.open(path) as image:
-            image.load()    # turns a TIFF by itself, and reads metadata that follow the pixels
-            # The orientation is read here, and the rest of the EXIF goes: exif_transpose would
-            # write it anew, which fails if one entry has the wrong type.
-            image.getexif()
-            for key in ("exif", "Raw profile type exif"):
-                image.info.pop(key, None)
+            if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+                raise ValueError("its pixels are floats, signed, or of 32 bits")
             image = ImageOps.exif_transpose(image)
-            if image.mode[0] == "I":    # convert() would clip 16 bits
-                values = np.asarray(image) / 257
-                image = Image.fromarray(values.round().clip(max=255).astype(np.uint8))
-            if image.has_transparency_data:
-                black = Image.new("RGBA", image.size, "black")
-                image = Image.alpha_composite(black, image.convert("RGBA"))
-            image = ImageOps.fit(image.convert("RGB"), (side, side))    # bicubic
-            return np.asarray(image).transpose(2, 0, 1)
+            if image.mode[0] == "I":    # 16 bits of grey, which convert() would clip
+                image = Image.fromarray(np.uint8(np.asarray(image) / 257 + 0.5))
+            # Colours times opacity: what is transparent becomes black.
+            image = image.convert("RGBA").convert("RGBa")
+            image = ImageOps.fit(image, (side, side))    # bicubic
+            return np.asarray(image)[..., :3].transpose(2, 0, 1)
     except Exception as error:    # a file can make it fail in any way
-        return repr(error)
+        raise ValueError(f"cannot read the image {str(path)!r}: {error!r}") from None
 
-
-# ------------------------------------------------------------------------------------------- glyphs
 
 def glyphs(train=10_000, test=2_000, seed=0):
     """Draw the built-in data set: characters in any orientation, 1x28x28, 10 classes.
@@ -420,12 +329,9 @@ def glyphs(train=10_000, test=2_000, seed=0):
     images = F.grid_sample(images, grid, align_corners=False)
     images = images + 0.1 * torch.randn(images.shape, generator=generator)
     images = (images.clamp(0, 1) * 255).round().byte()
-    return Dataset(images[:train], labels[:train], np.arange(train),
-                   images[train:], labels[train:], np.arange(test),
-                   list(GLYPHS), mean=0.0, std=0.3)
+    return Dataset(images[:train], labels[:train], images[train:], labels[train:], list(GLYPHS),
+                   mean=0.0, std=0.3)
 
-
-# --------------------------------------------------------------------------------- one epoch's plan
 
 def epoch_plan(image_count, pair_count, seed, epoch, device="cpu"):
     """Draw an epoch's order, a permutation of the images' indices (N,), and their pairs of views:

@@ -6,13 +6,13 @@ First the objectives, then the groups. Each group has
     T(g, x)             T_g on images (B, C, H, W), background 0; exact for shifts and quarter turns
     Γ(g, z)             Γ_g on features (B, C, G, H, W): (Γ_g z)(g0) = z(g⁻¹ g0)
     base(z)             the fibers over the base space G0, which are all that h sees
-    view(g, z)          base(Γ(g, z))
+    view(g, z)          base(Γ(g, z)), but computes the base space alone
     elements            every g that may be drawn, on the CPU
     distance(g1, g2)    the topographic distance ‖g1⁻¹ g2‖
 
 where g is an integer tensor with one group element per image, on the images' device. The first
 four raise a ValueError for images, features or elements that do not fit the group. (The values of
-g are checked only on the CPU, because on a GPU every step would have to wait.)
+g are checked on the CPU alone, because on a GPU every step would have to wait.)
 
 Letters: B batch, C channels, G length of the group axis, H W space, D numbers per projection, M
 elements that may be drawn, P pairs of them, S base-space size along the group axis.
@@ -106,9 +106,12 @@ def readout(view, grid=0):
     """Flatten a view (B, C, S, H, W) into what a head takes: (B, S·C·H·W).
 
     With grid > 0 each map is averaged down to grid x grid: (B, S·C·grid²). The layout stays: a
-    view is a list of fibers, not their mean.
+    view is a list of fibers, not their mean. Raises a ValueError for another shape, or a grid finer
+    than the map.
     """
-    check_features(view)
+    check_shape("a view", view, "B", "C", "S", "H", "W")
+    if grid > min(view.shape[-2:]):
+        raise ValueError(f"the grid is {grid} cells wide, but the map {min(view.shape[-2:])}")
     maps = fold_group(view)
     if grid > 0:
         maps = F.adaptive_avg_pool2d(maps, grid)
@@ -116,15 +119,13 @@ def readout(view, grid=0):
 
 
 class ProjectionHead(nn.Module):
-    """h: a view -> its readout (B, width) -> linear, ReLU, linear -> (B, out); norm adds batch
-    norm."""
+    """h: a view -> its readout (B, width) -> linear, ReLU, linear -> (B, out)."""
 
-    def __init__(self, width, hidden, out, grid=0, norm=False):
+    def __init__(self, width, hidden, out, grid=0):
         super().__init__()
         self.grid = grid
         self.layers = nn.Sequential(
             nn.Linear(width, hidden),
-            nn.BatchNorm1d(hidden) if norm else nn.Identity(),
             nn.ReLU(),
             nn.Linear(hidden, out),
         )
@@ -144,53 +145,50 @@ class Translation:
 
     Args:
         side: H = W of the feature map.
-        window: side of the window in positions, 1 to H; |G0| = window².
-        stride: the encoder's, in pixels per position.
+        base_size: side of the window in positions, 1 to H; |G0| = base_size².
+        stride: the encoder's, in pixels per position. A wrong one moves images too far or not far
+            enough, which only `equivariance_error` shows.
         circular: what leaves the map on one side enters on the other, as with circular padding;
             else zeros enter.
     """
 
-    def __init__(self, side, window, stride, circular=False):
-        if not 1 <= window <= side:
-            raise ValueError(f"the window is {window} positions wide, but must have 1 to {side}")
+    def __init__(self, side, base_size, stride, circular=False):
+        check_base_size(base_size, side)
         if stride < 1:
             raise ValueError(f"stride is {stride} pixels per position, but must be at least 1")
         self.side = side
-        self.window = window
+        self.base_size = base_size
         self.stride = stride
         self.circular = circular
         # The window of Γ_g z is the window of z at corner - g, and is on the map while
-        # 0 <= corner - g <= side - window.
-        self.corner = (side - window) // 2
-        first = self.corner - (side - window)
-        last = self.corner
-        self.limits = (first, last)
-        self.image_side = None    # any
+        # 0 <= corner - g <= side - base_size.
+        self.corner = (side - base_size) // 2
+        limits = (self.corner + base_size - side, self.corner)
+        steps = torch.arange(limits[0], limits[1] + 1)
+        image_axes = ("H", "W")
         if circular:
-            # Shifts by the map's side and more come round again: all integers name an element.
-            self.limits = (None, None)
-            self.image_side = side * stride
-            first = 0
-            last = side - 1
-        self.reach = max(-first, last)
-        steps = torch.arange(first, last + 1)
+            limits = (None, None)    # shifts by the map's side and more come round again
+            steps = torch.arange(side)
+            image_axes = (side * stride, side * stride)
+        self.limits = limits
+        self.image_axes = image_axes
         self.elements = torch.cartesian_prod(steps, steps)    # (M, 2)
 
     def T(self, g, x):
-        check_images(x, self.image_side)
+        check_shape("images", x, "B", "C", *self.image_axes)
         check_elements(g, (len(x), 2), *self.limits)
-        return crop(x, -g * self.stride, x.shape[-2:], self.reach * self.stride, self.circular)
+        return crop(x, -g * self.stride, x.shape[-2:], self.circular)
 
     def Γ(self, g, z):
-        return self.read(g, z, 0, self.side, margin=self.reach)
+        return self.read(g, z, 0, self.side)
 
     def base(self, z):
-        still = torch.zeros(len(z), 2, dtype=torch.int64, device=z.device)
-        return self.view(still, z)
+        check_shape("features", z, "B", "C", "G", self.side, self.side)
+        window = slice(self.corner, self.corner + self.base_size)
+        return z[:, :, :, window, window]
 
-    def view(self, g, z):    # (B, C, G, window, window)
-        # This is base(Γ(g, z)), but only reads the window.
-        return self.read(g, z, self.corner, self.window)
+    def view(self, g, z):    # (B, C, G, base_size, base_size)
+        return self.read(g, z, self.corner, self.base_size)
 
     def distance(self, g1, g2):
         apart = (g1 - g2).abs()
@@ -199,12 +197,11 @@ class Translation:
             apart = torch.minimum(apart, self.side - apart)
         return apart.amax(-1)
 
-    def read(self, g, z, corner, size, margin=0):
-        """The part of Γ_g z whose top left corner is (corner, corner): (B, C, G, size, size)."""
-        check_features(z, side=self.side)
+    def read(self, g, z, first, count):
+        """The rows and columns of Γ_g z from first on, count of each: (Γ_g z)(u) = z(u - g)."""
+        check_shape("features", z, "B", "C", "G", self.side, self.side)
         check_elements(g, (len(z), 2), *self.limits)
-        maps = fold_group(z)
-        maps = crop(maps, corner - g, (size, size), margin, self.circular)
+        maps = crop(fold_group(z), first - g, (count, count), self.circular)
         return unfold_group(maps, z.shape[2])
 
 
@@ -212,46 +209,43 @@ class Translation:
 
 class Rotation:
     """Turns by multiples of 360/G degrees, counter-clockwise. G0 is the first base_size
-    orientations.
+    orientations, 1 to G of them, at all positions.
 
     Γ_g moves the fibers along the orientation axis, which is cyclic, and turns the map.
-    Distance: steps on the circle. Raises a ValueError if base_size is not 1 to the number of
-    orientations.
+    Distance: steps on the circle.
     """
 
     def __init__(self, orientations, base_size=1):
-        if not 1 <= base_size <= orientations:
-            raise ValueError(f"the base space has {base_size} orientations, but must have 1 to "
-                             f"{orientations}")
+        check_base_size(base_size, orientations)
         self.orientations = orientations
         self.base_size = base_size
         self.elements = torch.arange(orientations)    # (M,)
 
     def T(self, g, x):
-        check_images(x, side=x.shape[-1])
+        check_shape("images", x, "B", "C", "H", "H")
         check_elements(g, (len(x),))
         return rotate(x, g, self.orientations)
 
     def Γ(self, g, z):
-        return self.read(g, z, self.orientations)
+        return self.read(g, z, 0, self.orientations)
 
     def base(self, z):
-        check_features(z, self.orientations)
+        check_shape("features", z, "B", "C", self.orientations, "H", "W")
         return z[:, :, :self.base_size]
 
     def view(self, g, z):    # (B, C, base_size, H, W)
-        # This is base(Γ(g, z)), but only turns the base space.
-        return self.read(g, z, self.base_size)
+        return self.read(g, z, 0, self.base_size)
 
     def distance(self, g1, g2):
         apart = (g1 - g2) % self.orientations
         return torch.minimum(apart, self.orientations - apart)
 
-    def read(self, g, z, count):
-        """The first count orientations of Γ_g z: (Γ_g z)(k, u) = z(k - g, u turned back)."""
-        check_features(z, self.orientations, side=z.shape[-1])
+    def read(self, g, z, first, count):
+        """The orientations of Γ_g z from first on, count of them: (Γ_g z)(k, u) = z(k - g, u
+        turned back)."""
+        check_shape("features", z, "B", "C", self.orientations, "H", "H")
         check_elements(g, (len(z),))
-        orientation = torch.arange(count, device=z.device)
+        orientation = first + torch.arange(count, device=z.device)
         source = (orientation - g[:, None]) % self.orientations    # (B, count)
         maps = fold_group(pick(z, source))
         maps = rotate(maps, g, self.orientations, outside="border")
@@ -261,46 +255,43 @@ class Rotation:
 # -------------------------------------------------------------------------------------------- scale
 
 class Scale:
-    """Enlargements by step**g about the centre. G0 is the middle base_size scales, at all
-    positions.
+    """Enlargements by step**g about the centre. G0 is the middle base_size scales, 1 to G of
+    them, at all positions.
 
     Γ_g moves the fibers along the scale axis and enlarges the map. The axis ends, and what
     enters from beyond is not a view, so elements are those g whose views read existing scales
-    only. Distance: the difference of exponents. step is the ratio of neighbouring scales.
-    Raises a ValueError unless step is finite and above 1, and base_size is 1 to the number of
-    scales.
+    only. Distance: the difference of exponents. step, the ratio of neighbouring scales, is finite
+    and above 1.
     """
 
     def __init__(self, scales, step, base_size=1):
-        if not 1 <= base_size <= scales:
-            raise ValueError(f"the base space has {base_size} scales, but must have 1 to {scales}")
+        check_base_size(base_size, scales)
         if not 1 < step < math.inf:
             raise ValueError(f"step, the ratio of neighbouring scales, is {step}, but must be "
                              "finite and above 1")
         self.scales = scales
         self.step = step
         self.base_size = base_size
-        # The base space of Γ_g z is z's scales from first - g on, and they exist while
-        # 0 <= first - g <= scales - base_size.
-        self.first = (scales - base_size) // 2
-        self.limits = (self.first + base_size - scales, self.first)
-        self.elements = torch.arange(self.limits[0], self.limits[1] + 1)    # (M,)
+        # The base space of Γ_g z is z's scales from middle - g on, and they exist while
+        # 0 <= middle - g <= scales - base_size.
+        self.middle = (scales - base_size) // 2
+        self.least = self.middle - (scales - base_size)
+        self.elements = torch.arange(self.least, self.middle + 1)    # (M,)
 
     def T(self, g, x):
-        check_images(x)
-        check_elements(g, (len(x),), *self.limits)
-        return zoom(x, self.step ** g.double())
+        check_shape("images", x, "B", "C", "H", "W")
+        check_elements(g, (len(x),), self.least, self.middle)
+        return zoom(x, g, self.step)
 
     def Γ(self, g, z):
         return self.read(g, z, 0, self.scales)
 
     def base(self, z):
-        check_features(z, self.scales)
-        return z[:, :, self.first:self.first + self.base_size]
+        check_shape("features", z, "B", "C", self.scales, "H", "W")
+        return z[:, :, self.middle:self.middle + self.base_size]
 
     def view(self, g, z):    # (B, C, base_size, H, W)
-        # This is base(Γ(g, z)), but only enlarges the base space.
-        return self.read(g, z, self.first, self.base_size)
+        return self.read(g, z, self.middle, self.base_size)
 
     def distance(self, g1, g2):
         return (g1 - g2).abs()
@@ -308,65 +299,51 @@ class Scale:
     def read(self, g, z, first, count):
         """The scales of Γ_g z from first on, count of them: (Γ_g z)(s, u) = z(s - g, u / step**g),
         and zero beyond the axis."""
-        check_features(z, self.scales)
-        check_elements(g, (len(z),), *self.limits)
+        check_shape("features", z, "B", "C", self.scales, "H", "W")
+        check_elements(g, (len(z),), self.least, self.middle)
         scale = first + torch.arange(count, device=z.device)
         source = scale - g[:, None]    # (B, count)
         exists = (source >= 0) & (source < self.scales)
         moved = pick(z, source.clamp(0, self.scales - 1)) * exists[:, None, :, None, None]
-        maps = zoom(fold_group(moved), self.step ** g.double(), outside="border")
+        maps = zoom(fold_group(moved), g, self.step, outside="border")
         return unfold_group(maps, count)
-
-
-# ------------------------------------------------------------------------------------ A-SSL's crops
-
-class Crops(Translation):
-    """A-SSL's counterpart of Translation's window: T_g cuts out the pixels that the window of
-    Γ_g z stands on.
-
-    The encoder sees only these, and all their features are the base space; Γ and view are of no
-    use here. The crop is window · stride pixels wide, the largest displacement max_distance ·
-    stride. Arguments as for `Translation`.
-    """
-
-    def T(self, g, x):
-        check_images(x, side=self.side * self.stride)
-        check_elements(g, (len(x), 2), *self.limits)
-        size = self.window * self.stride
-        return crop(x, (self.corner - g) * self.stride, (size, size), circular=self.circular)
-
-    def base(self, z):
-        check_features(z)
-        return z
 
 
 # ------------------------------------------------------------------------------------ what must fit
 
-def check_images(x, side=None):
-    """Raise a ValueError unless x is (B, C, H, W), with H = W = side if side is given."""
-    if x.ndim != 4 or (side is not None and x.shape[2:] != (side, side)):
-        raise ValueError(f"images must be (B, C, {side or 'H'}, {side or 'W'}), "
-                         f"but these are {tuple(x.shape)}")
+def check_base_size(base_size, length):
+    """Raise a ValueError unless the base space lies within an axis of this length."""
+    if not 1 <= base_size <= length:
+        raise ValueError(f"base_size is {base_size}, but must be 1 to {length}")
 
 
-def check_features(z, group_size=None, side=None):
-    """Raise a ValueError unless z is (B, C, G, H, W), with this G and H = W = side if given."""
-    fits = z.ndim == 5
-    if group_size is not None:
-        fits = fits and z.shape[2] == group_size
-    if side is not None:
-        fits = fits and z.shape[3:] == (side, side)
+def check_shape(what, tensor, *axes):
+    """Raise a ValueError unless a tensor has these axes: lengths, or letters for any length, equal
+    where the letters are."""
+    found = type(tensor).__name__
+    fits = False
+    if torch.is_tensor(tensor):
+        found = tuple(tensor.shape)
+        fits = len(found) == len(axes)
+        lengths = {}
+        for axis, length in zip(axes, found):
+            if lengths.setdefault(axis, length) != length or axis not in (length, str(axis)):
+                fits = False
     if not fits:
-        raise ValueError(f"features must be (B, C, {group_size or 'G'}, {side or 'H'}, "
-                         f"{side or 'W'}), but these are {tuple(z.shape)}")
+        raise ValueError(f"{what} must be ({', '.join(map(str, axes))}), but these are {found}")
 
 
 def check_elements(g, shape, least=None, most=None):
-    """Raise a ValueError unless g are integers of this shape, and on a CPU from least to most."""
-    if g.shape != shape or g.dtype != torch.int64:
+    """Raise a ValueError unless g are int64 of this shape and, where they can be seen, least to
+    most."""
+    if not torch.is_tensor(g) or g.shape != shape or g.dtype != torch.int64:
         raise ValueError(f"g must be a tensor of integers (int64) {tuple(shape)}, one group "
-                         f"element per image, but is {g.dtype} {tuple(g.shape)}")
-    if least is not None and g.device.type == "cpu" and not ((g >= least) & (g <= most)).all():
+                         "element per image")
+    # Values cannot be seen while compiling, under torch.func, or on a GPU without waiting for it.
+    hidden = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(g)
+    if least is None or hidden or g.device.type != "cpu":
+        return
+    if ((g < least) | (g > most)).any():
         raise ValueError(f"g must be elements of the group, {least} to {most}, but holds "
                          f"{g.min()} to {g.max()}")
 
@@ -385,11 +362,10 @@ def unfold_group(maps, size):
 
 
 def pick(z, source):
-    """Pick places on the group axis, for each image its own: z (B, C, G, H, W), source (B, S)."""
-    first = torch.arange(len(z), device=z.device)[:, None] * z.shape[2]
-    places = (first + source).flatten()    # (B·S,), in the B·G places of all images
-    picked = z.transpose(1, 2).flatten(0, 1).index_select(0, places)    # (B·S, C, H, W)
-    return picked.unflatten(0, source.shape).transpose(1, 2)    # (B, C, S, H, W)
+    """Pick places on the group axis, for each image its own: z (B, C, G, H, W), source (B, S) ->
+    (B, C, S, H, W)."""
+    image = torch.arange(len(z), device=z.device)[:, None]
+    return z[image, :, source].transpose(1, 2)
 
 
 def gather_positions(x, index):
@@ -401,25 +377,21 @@ def gather_positions(x, index):
     return fibers.gather(1, index).transpose(1, 2)
 
 
-def crop(x, corner, size, margin=0, circular=False):
+def crop(x, corner, size, circular=False):
     """Cut a window from each map: x (B, C, H, W), corner (B, 2) top left, size (h, w) -> (B, C,
-    h, w).
-
-    Beyond the map lie the positions of its other side if circular, else zeros, up to margin
-    positions away.
-    """
-    if margin > 0 and not circular:
-        x = F.pad(x, [margin] * 4)
-        corner = corner + margin
+    h, w). Beyond the map lie the positions of its other side if circular, else zeros."""
     height, width = x.shape[-2:]
     rows = corner[:, :1] + torch.arange(size[0], device=x.device)    # (B, h)
     columns = corner[:, 1:] + torch.arange(size[1], device=x.device)    # (B, w)
     if circular:
         rows = rows % height
         columns = columns % width
-    index = rows[:, :, None] * width + columns[:, None, :]    # (B, h, w)
-    window = gather_positions(x, index.flatten(1))
-    return window.unflatten(2, size)
+    nearest_row = rows.clamp(0, height - 1)
+    nearest_column = columns.clamp(0, width - 1)
+    index = nearest_row[:, :, None] * width + nearest_column[:, None, :]    # (B, h, w)
+    on_map = (rows == nearest_row)[:, :, None] & (columns == nearest_column)[:, None, :]
+    window = gather_positions(x, index.flatten(1)).unflatten(2, size)
+    return window.where(on_map[:, None], 0)
 
 
 def rotate(x, g, orientations, outside="zeros"):
@@ -437,7 +409,7 @@ def rotate(x, g, orientations, outside="zeros"):
     x = gather_positions(x, turns.index_select(0, quarters)).unflatten(2, (side, side))
     if 4 % orientations == 0:    # 1, 2 or 4 orientations leave no remainder
         return x
-    angle = remainder.double() * (math.pi / 2 / orientations)
+    angle = remainder.to(precise(x)) * (math.pi / 2 / orientations)
     cos = angle.cos()
     sin = angle.sin()
     matrix = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
@@ -446,23 +418,30 @@ def rotate(x, g, orientations, outside="zeros"):
     return torch.where(is_quarter, x, turned)
 
 
-def zoom(x, factor, outside="zeros"):
-    """Enlarge maps (B, C, H, W) about their centre by factor (B,), bilinearly. outside: see
+def zoom(x, g, step, outside="zeros"):
+    """Enlarge maps (B, C, H, W) about their centre by step**g, g (B,), bilinearly. outside: see
     `warp`."""
+    factor = step ** g.to(precise(x))
     identity = torch.eye(2, device=x.device, dtype=factor.dtype)
     return warp(x, identity / factor[:, None, None], outside)
 
 
+def precise(x):
+    """The type for positions on a map: that of x, but at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def warp(x, matrix, outside):
     """Resample maps (B, C, H, W): the value at u is that at matrix @ u, u from the centre;
-    matrix (B, 2, 2).
+    matrix (B, 2, 2), of the type `precise` names.
 
     outside: what lies beyond: "zeros" for images, "border" for features, which go on as at the
     border. Raises a ValueError for maps of integers.
     """
     if not x.is_floating_point():
         raise ValueError(f"maps to be resampled must be floating-point, but are {x.dtype}")
-    matrix = matrix.to(torch.promote_types(x.dtype, torch.float32))
+    if len(x) == 0:    # PyTorch makes no grid for an empty batch
+        return x
     affine = F.pad(matrix, (0, 1))    # (B, 2, 3): no shift
     # Half precision would be too coarse for positions.
     with torch.autocast(x.device.type, enabled=False):

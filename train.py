@@ -3,7 +3,7 @@
     python train.py                                         glyphs, a minute on a laptop's CPU
     torchrun --nproc_per_node=8 train.py --dataset mnist    the paper's configuration
 
-Exit status: 0 finished, 1 diverged or nothing was trained, 2 bad input or no room to save.
+Exit status: 0 finished, 1 diverged, 2 bad input, or no room on the disk or in memory.
 
 Letters: B images of this process in a step, C channels, H W space, D numbers per projection.
 """
@@ -25,197 +25,151 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data as datasets
 import probe
-from hssl import (Crops, ProjectionHead, Rotation, Scale, Translation, a_ssl_loss, allowed_pairs,
+from hssl import (ProjectionHead, Rotation, Scale, Translation, a_ssl_loss, allowed_pairs,
                   h_ssl_loss, readout)
 from lars import LARS
-from losses import Predictor, byol, move_target, nt_xent, simsiam
+from losses import nt_xent
 
 
 # ----------------------------------------------------------------------------------------- settings
 
-# The defaults by data set and, where they differ, by group. PAPER, and the epochs of mnist, cifar10
-# and tiny-imagenet, are the paper's, which does not state the trust coefficient. For the others see
-# experiments/README.md.
-
-PAPER = dict(batch_size=4096, warmup_epochs=10, temperature=0.1, trust_coefficient=0.001)
-MNIST = dict(backbone="mnist", widths=[32, 63, 95], kernel_size=7, base_space=4, grid=0,
-             probe_grid=2)
-RESIDUAL = dict(backbone="residual", widths=[16, 128, 256, 512], kernel_size=7, base_space=4,
-                grid=4, probe_grid=1)
-GLYPHS = dict(epochs=8, batch_size=256, warmup_epochs=1, temperature=0.5, trust_coefficient=0.03,
-              widths=[16, 32, 64], kernel_size=3, base_space=5, grid=2)
-FOLDER = dict(epochs=100, batch_size=256, trust_coefficient=0.01, widths=[16, 32, 64],
-              kernel_size=5, base_space=8, grid=4, image_size=64)
+# What a data set and, before that, a group has in place of the defaults in `parse`, which are the
+# paper's for MNIST where it states them.
+RESIDUAL = dict(epochs=1300, widths=[16, 128, 256, 512], grid=4, probe_grid=1)
 DATASETS = {
-    "glyphs": MNIST | GLYPHS,
-    "mnist": MNIST | PAPER | dict(epochs=500),
-    "cifar10": RESIDUAL | PAPER | dict(epochs=1300),
-    "tiny-imagenet": RESIDUAL | PAPER | dict(epochs=1300, base_space=8),
-    "folder": MNIST | PAPER | FOLDER,
+    "glyphs": dict(epochs=8, batch_size=256, warmup_epochs=1, temperature=0.5,
+                   trust_coefficient=0.03, widths=[16, 32, 64], kernel_size=3, base_space=5,
+                   grid=2),
+    "mnist": dict(epochs=500),
+    "cifar10": RESIDUAL,
+    "tiny-imagenet": RESIDUAL,
+    "folder": dict(epochs=100, batch_size=256, trust_coefficient=0.01, widths=[16, 32, 64],
+                   kernel_size=5, grid=4, image_size=64),
 }
 GROUPS = {
     "translation": dict(group_size=1),
     "rotation": dict(group_size=4, base_space=1, kernel_size=7),
     "scale": dict(group_size=3, base_space=1, kernel_size=7),
 }
+# Settings that may differ when a run is resumed.
+FREE = "resume out data_dir cache_dir device save_every log_every eval_every".split()
 
 
-# What a flag may be, its default, and what it means. Where it is None, the default is in the
-# tables above, or in brackets.
-CHOICES = {
-    "dataset": (DATASETS, "glyphs", "drawn, downloaded, or your own (folder)"),
-    "method": (["h-ssl", "a-ssl", "frozen", "supervised"], "h-ssl",
-               "views from features, views from images, no training, or labels"),
-    "group": (GROUPS, "translation", "what views differ by"),
-    "structure": (["group", "none"], "group", "none: the same activations, untied weights"),
-    "objective": (["nt-xent", "simsiam", "byol"], "nt-xent", "what compares the views"),
-    "backbone": (["mnist", "residual"], None, "three layers, or SESN's residual network"),
-    "padding": (["zeros", "circular"], "zeros", "of the convolutions, and of shifted images"),
-    "device": (["cpu", "cuda"], None, "where to train (cuda if there is a GPU)"),
-    "amp": (["float16", "bfloat16", "off"], None,
-            "half precision (float16 on cuda, off on cpu); on a CPU bfloat16 is 3 to 4 times as "
-            "fast with AMX (lscpu | grep amx_bf16), but may be ten times slower without"),
-}
-# The least that a number may be, its default, and what it means; the type is that of the least.
-NUMBERS = {
-    "epochs": (1, None, "passes over the training images"),
-    "batch-size": (2, None, "images per step, over all processes"),
-    "lr": (0.0, 0.1, "peak learning rate of LARS"),
-    "warmup-epochs": (0.0, None, "linear warm-up, by step"),
-    "weight-decay": (0.0, 1e-4, "of weights, not of vectors"),
-    "momentum": (0.0, 0.9, "of LARS"),
-    "trust-coefficient": (0.0, None, "of LARS"),
-    "temperature": (1e-6, None, "τ of NT-Xent"),
-    "seed": (0, 0, "of weights, order of images and views"),
-    "train-images": (2, None, "how many to use, drawn by --seed (all)"),
-    "validate": (1, None, "how many training images to hold out in place of the test images"),
-    "image-size": (4, None, "side in pixels of your own images"),
-    "save-every": (1, 10, "epochs between checkpoints"),
-    "log-every": (1, 10, "steps between lines of log.jsonl"),
-    "eval-every": (1, None, "epochs between looks at accuracy and rank (never)"),
-    "group-size": (1, None, "orientations or scales of the encoder"),
-    "extent": (1, None, "how many of them a filter spans (rotation: all, scale: 1)"),
-    "scale-step": (1.0, 1.41, "ratio of neighbouring scales"),
-    "kernel-size": (1, None, "side of the filters in pixels"),
-    "base-space": (1, None, "size of G0: positions a side, orientations or scales"),
-    "max-distance": (1, None, "largest topographic distance of two views (no limit)"),
-    "grid": (0, None, "average each map of a view to N x N cells for the head; 0 keeps all"),
-    "probe-grid": (0, None, "the same for the detached classifier"),
-}
-# Settings that may differ when a run is resumed. (mean and std follow from the images, and older
-# checkpoints lack them.)
-FREE = "resume out data_dir cache_dir device save_every log_every eval_every mean std".split()
+class Number:
+    """A type for argparse: an integer or a float, as least is, that is at least so large."""
+
+    def __init__(self, least):
+        self.least = least
+
+    def __call__(self, text):
+        try:
+            value = type(self.least)(text)
+        except ValueError:
+            value = math.nan
+        if not self.least <= value < 2**63:
+            kind = "an integer" if isinstance(self.least, int) else "a number"
+            raise argparse.ArgumentTypeError(f"{text} is not {kind} of at least {self.least}")
+        return value
+
+
+def add_flags(add):
+    # What is learned, and from what.
+    add("--method", choices=["h-ssl", "a-ssl", "frozen", "supervised"], default="h-ssl",
+        help="views from features, views from images, no training, or labels")
+    add("--structure", choices=["group", "none"], default="group",
+        help="none: the same activations, untied weights")
+    add("--train-images", type=Number(2), help="how many to use, drawn by --seed; None: all")
+    add("--validate", type=Number(1), help="training images to hold out in place of test images")
+    add("--image-size", type=Number(4), help="side in pixels of your own images")
+    # The encoder.
+    add("--widths", type=Number(1), nargs="+", default=[32, 63, 95],
+        help="channels of the stages: three for SESN's MNIST network, four for its residual one")
+    add("--kernel-size", type=Number(1), default=7, help="side of the filters in pixels")
+    add("--padding", choices=["zeros", "circular"], default="zeros",
+        help="of the convolutions, and of shifted images")
+    add("--group-size", type=Number(1), help="orientations or scales of the encoder")
+    add("--extent", type=Number(1),
+        help="how many of them a filter spans; None: all orientations, one scale")
+    add("--scale-step", type=Number(1.0), default=1.41, help="ratio of neighbouring scales")
+    # The views and the head.
+    add("--base-space", type=Number(1),
+        help="size of G0: positions a side (None: half of the map's), orientations or scales")
+    add("--max-distance", type=Number(1),
+        help="largest topographic distance of two views; None: no limit")
+    add("--grid", type=Number(0), default=0,
+        help="average each map of a view to N x N cells for the head; 0 keeps all positions")
+    add("--head-widths", type=Number(1), nargs=2, default=[512, 128], help="hidden and output")
+    add("--temperature", type=Number(1e-6), default=0.1, help="of NT-Xent")
+    # The optimizer.
+    add("--epochs", type=Number(1), help="passes over the training images")
+    add("--batch-size", type=Number(2), default=4096, help="images per step, over all processes")
+    add("--lr", type=Number(0.0), default=0.1, help="peak learning rate of LARS")
+    add("--warmup-epochs", type=Number(0.0), default=10.0, help="linear warm-up, by step")
+    add("--momentum", type=Number(0.0), default=0.9, help="of LARS")
+    add("--weight-decay", type=Number(0.0), default=1e-4, help="of weights, not of vectors")
+    add("--trust-coefficient", type=Number(0.0), default=0.001, help="of LARS")
+    add("--seed", type=Number(0), default=0, help="of weights, order of images and views")
+    # The measures, the run's folder, the machine.
+    add("--probe-grid", type=Number(0), default=2, help="--grid for the detached classifier")
+    add("--eval-every", type=Number(1), help="epochs between looks at accuracy; None: never")
+    add("--save-every", type=Number(1), default=10, help="epochs between checkpoints")
+    add("--log-every", type=Number(1), default=10, help="steps between lines of log.jsonl")
+    add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
+    add("--cache-dir", default="datasets", help="where decoded images are kept")
+    add("--out", help="the run's folder; None: runs/DATASET-METHOD-GROUP-SEED")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one")
+    add("--device", choices=["cpu", "cuda"], help="None: cuda if there is a GPU")
+    add("--amp", choices=["float16", "bfloat16", "off"], help="half precision; None: float16 on "
+        "cuda, off on cpu, where bfloat16 is slow without AMX or avx512_bf16")
 
 
 def parse(argv=None):
     """Read the command line (argv, or the program's own); returns the settings."""
-    table = "defaults by data set, then by group:"
-    for name, values in (DATASETS | GROUPS).items():
-        table += f"\n  {name}: {values}"
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", choices=DATASETS, default="glyphs",
+                       help="drawn, downloaded, or your own (folder)")
+    first.add_argument("--group", choices=GROUPS, default="translation",
+                       help="what views differ by")
+    chosen, _ = first.parse_known_args(argv)
     parser = argparse.ArgumentParser(
+        parents=[first], allow_abbrev=False,
         usage="train.py [--dataset NAME] [--method NAME] [--group NAME] [--FLAG VALUE ...]",
-        epilog=table,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    for name, (choices, default, meaning) in CHOICES.items():
-        add(f"--{name}", choices=list(choices), default=default, help=meaning)
-    for name, (least, default, meaning) in NUMBERS.items():
-        add(f"--{name}", type=type(least), default=default, metavar="N", help=meaning)
-    add("--widths", type=int, nargs="+", metavar="C", help="channels of the 3 or 4 stages")
-    add("--head-widths", type=int, nargs=2, default=[512, 128], help="of the head: hidden, output")
-    add("--crop", action="store_true", help="a-ssl, translation: views are crops of the images")
-    add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
-    add("--cache-dir", default="datasets", help="where decoded images are kept")
-    add("--out", help="the run's folder (runs/DATASET-METHOD-GROUP-SEED)")
-    add("--resume", action="store_true", help="continue the run in --out, if there is one")
+        description=f"The defaults are those of --dataset {chosen.dataset} --group {chosen.group}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_flags(parser.add_argument)
+    parser.set_defaults(**DATASETS[chosen.dataset] | GROUPS[chosen.group])
     args = parser.parse_args(argv)
 
-    for name, value in (DATASETS[args.dataset] | GROUPS[args.group]).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name, (least, _, _) in NUMBERS.items():
-        value = getattr(args, name.replace("-", "_"))
-        if value is not None and not least <= value < math.inf:
-            parser.error(f"--{name} is {value}, but must be a number of at least {least}")
-    if min(args.widths + args.head_widths) < 1:
-        parser.error("--widths and --head-widths must be at least 1")
-    if args.crop and (args.method, args.group, args.structure) != ("a-ssl", "translation", "group"):
-        parser.error("--crop is for --method a-ssl --group translation --structure group")
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.amp is None:
         args.amp = "float16" if args.device == "cuda" else "off"
+    if args.device == "cpu" and args.amp == "float16":
+        parser.error("--amp float16 is for GPUs: on a CPU take bfloat16, or off, which is faster")
     if args.out is None:
         args.out = f"runs/{args.dataset}-{args.method}-{args.group}-{args.seed}"
+    args.out = os.path.expanduser(args.out)
     return args
 
 
 # ----------------------------------------------------------------------------------- the objectives
 
 class SelfSupervised(nn.Module):
-    """Encoder, head and NT-Xent as one module, so that DistributedDataParallel sees one pass.
+    """Encoder, head and NT-Xent as one module, so that DistributedDataParallel sees one pass."""
 
-    view is one of the group's views, of any number of images; it tells how wide the head's input
-    is.
-    """
-
-    def __init__(self, args, encoder, group, view):
+    def __init__(self, encoder, head, group, temperature, ssl_loss):
         super().__init__()
-        hidden, out = args.head_widths
-        width = readout(view, args.grid).shape[1]
-        norm = args.objective != "nt-xent"
         self.encoder = encoder
-        self.head = ProjectionHead(width, hidden, out, args.grid, norm)
+        self.head = head
         self.group = group
-        self.temperature = args.temperature
-        self.ssl_loss = h_ssl_loss if args.method == "h-ssl" else a_ssl_loss
+        self.temperature = temperature
+        self.ssl_loss = ssl_loss
 
     def forward(self, x, g1, g2):    # x: (B, C, H, W), g1 and g2: (B, ...)
         return self.ssl_loss(self.encoder, self.head, self.compare, self.group, x, g1, g2)
 
     def compare(self, h1, h2):    # (B, D) each
         return nt_xent(h1, h2, self.temperature)
-
-
-class SimSiam(SelfSupervised):
-    """The same with SimSiam's objective and its predictor."""
-
-    def __init__(self, args, encoder, group, view):
-        super().__init__(args, encoder, group, view)
-        hidden, out = args.head_widths
-        self.predictor = Predictor(out, hidden)
-
-    def compare(self, h1, h2):
-        return simsiam(self.predictor(h1), self.predictor(h2), h1, h2)
-
-
-class BYOL(SimSiam):
-    """The same with BYOL's objective, whose targets come from a slowly averaged copy."""
-
-    def __init__(self, args, encoder, group, view):
-        super().__init__(args, encoder, group, view)
-        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.target_head = copy.deepcopy(self.head).requires_grad_(False)
-
-    def forward(self, x, g1, g2):
-        with torch.no_grad():
-            # No loss here: the targets are the two projections themselves.
-            self.targets = self.ssl_loss(
-                self.target_encoder, self.target_head, pair, self.group, x, g1, g2)
-        return super().forward(x, g1, g2)
-
-    def compare(self, h1, h2):
-        return byol(self.predictor(h1), self.predictor(h2), *self.targets)
-
-    def after_step(self, step, total, decay=0.99):
-        move_target(self.target_encoder, self.encoder, decay, step, total)
-        move_target(self.target_head, self.head, decay, step, total)
-
-
-def pair(h1, h2):
-    return h1, h2
 
 
 class Supervised(nn.Module):
@@ -232,43 +186,41 @@ class Supervised(nn.Module):
         return F.cross_entropy(scores.float(), labels)
 
 
-def make_encoder_and_group(args):
-    """The encoder, and the group that moves its features. A ValueError where they do not fit."""
-    encoder = probe.make_encoder(vars(args))
+def make_group(args, stride):
+    """The group that moves the features of an encoder with this stride, in pixels."""
     if args.group == "rotation":
-        return encoder, Rotation(args.group_size, args.base_space)
+        return Rotation(args.group_size, args.base_space)
     if args.group == "scale":
-        return encoder, Scale(args.group_size, args.scale_step, args.base_space)
-    translation = Crops if args.crop else Translation
-    side = args.image_shape[1] // encoder.stride
-    circular = args.padding == "circular"
-    return encoder, translation(side, args.base_space, encoder.stride, circular)
+        return Scale(args.group_size, args.scale_step, args.base_space)
+    side = args.image_shape[1] // stride
+    base_size = args.base_space or math.ceil(side / 2)
+    return Translation(side, base_size, stride, args.padding == "circular")
 
 
-def make_objective(args, data):
-    """The group, and the method's encoder, head and loss as one module, on the CPU.
+@torch.no_grad()
+def make_objective(args, classes):
+    """The method's encoder, head and loss as one module, on the CPU, and what g1 and g2 are drawn
+    from, (P, 2, ...).
 
     Raises a ValueError where the settings do not fit each other or the images.
     """
-    encoder, group = make_encoder_and_group(args)
-    # The features of one image tell how wide the head has to be.
-    x = data.batch(data.train_images[:1].cpu(), torch.tensor([0]))
-    if args.crop:
-        x = group.T(group.elements[:1], x)
-    with torch.no_grad():
-        z = encoder.eval()(x)
-    encoder.train()
-    view = group.base(z)
-    side = args.image_shape[1] // encoder.stride
-    if args.grid > view.shape[-1] or args.probe_grid > side:
-        raise ValueError(f"--grid must be at most {view.shape[-1]}, the view's side, and "
-                         f"--probe-grid {side}, the map's")
+    torch.manual_seed(args.seed)
+    encoder = probe.make_encoder(vars(args)).eval()
+    channels, side = args.image_shape
+    image = torch.zeros(1, channels, side, side)
+    # The features of one image tell how wide a classifier has to be, a view how wide the head.
+    width = readout(encoder(image), args.probe_grid).shape[1]
     if args.method in ("supervised", "frozen"):
-        width = readout(z, args.probe_grid).shape[1]
-        classifier = nn.Linear(width, max(1, data.classes))
-        return group, Supervised(encoder, classifier, args.probe_grid)
-    objectives = {"nt-xent": SelfSupervised, "simsiam": SimSiam, "byol": BYOL}
-    return group, objectives[args.objective](args, encoder, group, view)
+        classifier = nn.Linear(width, max(1, classes))
+        objective = Supervised(encoder, classifier, args.probe_grid)
+        return objective.train(), torch.zeros(1, 2)    # there are no views
+    group = make_group(args, encoder.stride)
+    view = group.base(encoder(group.T(group.elements[:1], image)))
+    width = readout(view, args.grid).shape[1]
+    head = ProjectionHead(width, *args.head_widths, args.grid)
+    ssl_loss = h_ssl_loss if args.method == "h-ssl" else a_ssl_loss
+    objective = SelfSupervised(encoder, head, group, args.temperature, ssl_loss)
+    return objective.train(), group.elements[allowed_pairs(group, args.max_distance)]
 
 
 def schedule(step, warmup, total):
@@ -281,49 +233,63 @@ def schedule(step, warmup, total):
 # ------------------------------------------------------------------------------------ the processes
 
 def start_processes(args):
-    """One process under python, several under torchrun.
+    """Join torchrun's processes, if it started this one. Only the first of them prints.
 
-    Returns the rank, the rank on this machine, the number of processes, the device, and a group of
-    all processes (None under python) that waits for a day, for what the first process does alone.
-    Raises a ValueError for a batch that they cannot share, or too few GPUs.
+    Returns this process's device, and a group of all processes (None under python) that waits for
+    a day, for what the first process does alone.
     """
-    rank = 0
-    local_rank = 0
-    world = 1
-    if "RANK" in os.environ:    # torchrun's; WORLD_SIZE alone may have been left by something else
-        rank = int(os.environ["RANK"])
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world or args.batch_size < 2 * world:
-        raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
-                         "take a multiple that leaves each two images or more")
-    device = torch.device(args.device)
-    backend = "gloo"
-    if args.device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"each process needs a CUDA GPU, and PyTorch sees "
-                             f"{torch.cuda.device_count()}: start fewer, or take --device cpu")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True    # shapes stay, so a search is worth it
-        backend = "nccl"
-    if args.amp == "off":
-        torch.backends.fp32_precision = "ieee"    # or GPUs would convolve in TF32
-    patient = None
-    if "RANK" in os.environ:
-        store, _, _ = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # After a restart the store still holds the addresses of the processes before (pytorch
-            # issue 135712). Those of one machine count restarts alike, which tells them apart.
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    return rank, local_rank, world, device, patient
+    if "RANK" not in os.environ:    # WORLD_SIZE alone may have been left by something else
+        return choose_device(args.device, 0), None
+    device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device, dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def rank_and_world():
+    """This process's number, and how many there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def choose_device(name, local_rank):
+    """The CPU, or the GPU of this process. Raises a ValueError for too few GPUs."""
+    if name == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(f"each process needs a CUDA GPU, and PyTorch sees {count}: start fewer, "
+                         "or take --device cpu")
+    torch.backends.cudnn.benchmark = True    # shapes stay, so a search is worth it
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def synchronise_batch_norm(objective, device):
+    """On GPUs, batch norm of all processes as one; on CPUs each has its own statistics."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    return objective
 
 
 def wait(patient):
     if patient is not None:
         dist.barrier(patient)
+
+
+def load_in_turn(args, device, patient):
+    """Only the first process downloads and decodes; each machine's first comes next, then all."""
+    rank, _ = rank_and_world()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    turn = min(rank, 1) + min(rank, local_rank, 1)    # 0, 1 or 2
+    for now in range(3):
+        if now == turn:
+            data = probe.load_data(vars(args), device)
+        wait(patient)
+    return data
 
 
 def mean_over_processes(loss):
@@ -335,33 +301,26 @@ def mean_over_processes(loss):
     return mean.item()
 
 
-def end(message, status):
-    """End the program with one line."""
-    print("train.py:", *str(message).split(), file=sys.stderr)
-    sys.exit(status)
-
-
 # --------------------------------------------------------------------------------- the run's folder
 
-def find_checkpoint(settings):
+def find_checkpoint(args):
     """The checkpoint that a run with these settings continues from, or None for a new run.
 
-    Raises a ValueError for a folder with other content, or a run with other settings or images.
+    Raises a ValueError for the folder of another run, or of one with other settings or images.
     """
-    out = Path(settings["out"])
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    names = {path.name for path in out.iterdir()}
-    if names and not settings["resume"]:
-        raise ValueError(f"{out} is not empty: continue it with --resume, or take another --out")
-    if "checkpoint.pt" not in names:
-        written = {name.removesuffix(".tmp") for name in names}
-        if not written <= {"config.json", "log.jsonl", "checkpoint.pt"}:
-            raise ValueError(f"{out} holds other files, but no checkpoint.pt: take another --out")
+    found = {path.name for path in out.iterdir()}
+    if "checkpoint.pt" not in found and "probe.json" in found:
+        raise ValueError(f"{out} holds the result of a run, but no checkpoint: take another --out")
+    if found & {"checkpoint.pt", "config.json"} and not args.resume:
+        raise ValueError(f"{out} holds a run: continue it with --resume, or take another --out")
+    if "checkpoint.pt" not in found:
         return None
     checkpoint = probe.read_checkpoint(out / "checkpoint.pt")
-    if not {"objective", "settings"} <= checkpoint.keys():
-        raise ValueError(f"{out / 'checkpoint.pt'} holds an encoder, but no training to continue")
-    for name, value in settings.items():
+    if "objective" not in checkpoint:
+        raise ValueError(f"{out} holds an encoder, but no training to continue: take another --out")
+    for name, value in vars(args).items():
         before = checkpoint["settings"].get(name)
         if before != value and name not in FREE:
             raise ValueError(f"{out} was made with {name} {before}, not {value}: take the same "
@@ -369,9 +328,20 @@ def find_checkpoint(settings):
     return checkpoint
 
 
+def write_config(args, world, step):
+    """Write config.json: the settings, and with what the run was started, or resumed at a step."""
+    path = Path(args.out, "config.json")
+    about = dict(torch=torch.__version__, processes=world)
+    config = vars(args) | about
+    if step > 0 and path.exists():
+        config = json.loads(path.read_text())
+        config.setdefault("resumed", []).append(dict(step=step) | about)
+    probe.write_whole(path, json.dumps(config).encode())
+
+
 def open_log(out, step):
     """log.jsonl, without the lines that come after the checkpoint's step."""
-    path = out / "log.jsonl"
+    path = Path(out, "log.jsonl")
     lines = []
     if path.exists():
         for line in path.read_text().splitlines(True):
@@ -384,139 +354,93 @@ def open_log(out, step):
 
 # ----------------------------------------------------------------------------------------- training
 
-def load_in_turn(args, rank, local_rank, device, patient):
-    """Only the first process downloads and decodes; each machine's first comes next, then all."""
-    turn = min(rank, 1) + min(local_rank, 1)    # 0, 1 or 2
-    for now in range(3):
-        if now == turn:
-            data = probe.load_data(vars(args), device)
-        wait(patient)
-    return data
+class Diverged(Exception):
+    """The training cannot go on."""
 
 
-def train(args):
-    """The whole run. Raises a ValueError or an OSError for bad input, or no room to save."""
-    # ---- processes, images, encoder, views, optimizer
-    rank, local_rank, world, device, patient = start_processes(args)
-    data = load_in_turn(args, rank, local_rank, device, patient)
+def check_data(args, data, world=1):
+    """Add to the settings what follows from the images. Raises a ValueError where they do not fit
+    each other."""
     count = len(data.train_images)
-    epochs = 0 if args.method == "frozen" else args.epochs
-    if args.batch_size > count and epochs > 0:
+    if args.batch_size > count and args.method != "frozen":
         raise ValueError(f"--batch-size {args.batch_size} is more than the {count} training images")
+    if args.batch_size % world or args.batch_size < 2 * world:
+        raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
+                         "take a multiple that leaves each two images or more")
     if args.method == "supervised" and data.classes < 2:
         raise ValueError("--method supervised needs labels of two classes or more")
     args.image_shape = list(data.train_images.shape[1:3])
     args.mean = data.mean
     args.std = data.std
-    torch.manual_seed(args.seed)    # after loading, which may draw random numbers
-    group, objective = make_objective(args, data)
-    pairs = torch.zeros(1, 2, dtype=torch.int64)    # of no use to frozen and supervised
-    if args.method in ("h-ssl", "a-ssl"):
-        pairs = allowed_pairs(group, args.max_distance)
-    optimizer = LARS(objective.parameters(), args.lr, args.momentum, args.weight_decay,
-                     args.trust_coefficient)
-    path = Path(args.out) / "checkpoint.pt"
+    args.images_hash = data.digest()
+
+
+def save(args, states, progress):
+    """Write checkpoint.pt. Raises Diverged if a weight is not finite."""
+    for parameter in states["objective"].parameters():
+        if not parameter.isfinite().all():
+            raise Diverged(f"the weights are not finite after step {progress['step']}")
+    checkpoint = dict(settings=vars(args), **progress)
+    for name, owner in states.items():
+        checkpoint[name] = owner.state_dict()
+    probe.write_checkpoint(Path(args.out, "checkpoint.pt"), checkpoint)
+
+
+def resume(args, states, patient):
+    """Go on from the checkpoint, if there is one. Returns the progress."""
     found = [None]
+    rank, world = rank_and_world()
     if rank == 0:
-        args.images_hash = data.digest()
-        found = [find_checkpoint(vars(args))]
-        config = vars(args) | dict(torch=torch.__version__, processes=world)
-        probe.write_whole(path.parent / "config.json", json.dumps(config).encode())
-        name = torch.cuda.get_device_name(device) if args.device == "cuda" else "CPU"
-        print(f"{name}: {world} x {args.batch_size // world} images a step, half precision "
-              f"{args.amp}", flush=True)
-        if args.warmup_epochs > epochs > 0:
-            print(f"a warm-up of {args.warmup_epochs:g} of {epochs} epochs: the learning rate "
-                  f"never reaches {args.lr}", flush=True)
+        found = [find_checkpoint(args)]
     if patient is not None:
         dist.broadcast_object_list(found, group=patient)
+    progress = dict(step=0, epoch=0, skipped=0, frozen=None)
     checkpoint = found[0]
-
-    # ---- schedule, half precision
-    objective.to(device)
-    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
-    steps = max(1, count // args.batch_size)    # a last, incomplete batch is left out
-    warmup = round(args.warmup_epochs * steps)
-    total = epochs * steps
-
-    # ---- all measures are taken by the first process, on a plain copy of the encoder
-    eval_encoder = copy.deepcopy(objective.encoder)
-
-    def measure(dataset):
-        eval_encoder.load_state_dict(objective.encoder.state_dict())
-        return probe.evaluate(eval_encoder, dataset, args.probe_grid, args.amp, True)
-
-    # ---- where to start
-    step = 0
-    skipped = 0
-    frozen = None
-    saved = "there is no checkpoint yet"
     if checkpoint is not None:
-        objective.load_state_dict(checkpoint["objective"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        step = checkpoint["step"]
-        skipped = checkpoint["skipped"]
-        frozen = checkpoint["frozen"]
-        saved = f"the last checkpoint is of step {step}"
-    elif rank == 0:
-        frozen = measure(data)
-        if args.eval_every is not None:
-            frozen["held_out"] = measure(probe.split_training(data))
-        print("frozen encoder:", probe.in_words(frozen), flush=True)
-    wait(patient)
-    model = objective
-    if dist.is_initialized():
-        device_ids = None
-        if args.device == "cuda":    # on CPUs each process normalises by its own statistics
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            device_ids = [local_rank]
-        model = DistributedDataParallel(model, device_ids)
-
-    def save():
-        nonlocal saved
-        for parameter in objective.parameters():
-            if not parameter.isfinite().all():
-                end(f"the weights are not finite after step {step}; {saved}; try a lower --lr", 1)
-        states = dict(
-            encoder=objective.encoder.state_dict(),
-            objective=objective.state_dict(),
-            optimizer=optimizer.state_dict(),
-            scaler=scaler.state_dict(),
-            settings=vars(args),
-            frozen=frozen,
-            step=step,
-            epoch=step // steps,
-            skipped=skipped,
-        )
-        if rank == 0:
-            probe.write_checkpoint(path, states)
-        saved = f"the last checkpoint is of step {step}"
-
-    # ---- training
+        for name, owner in states.items():
+            owner.load_state_dict(checkpoint[name])
+        for name in progress:
+            progress[name] = checkpoint[name]
     if rank == 0:
-        log = open_log(path.parent, step)
-    elements = group.elements.to(device)
-    pairs = pairs.to(device)
+        write_config(args, world, progress["step"])
+    return progress
+
+
+def measure(encoder, plain_encoder, data, args):
+    """`probe.evaluate` a plain copy of the encoder: one without SyncBatchNorm."""
+    plain_encoder.load_state_dict(encoder.state_dict())
+    return probe.evaluate(plain_encoder, data, args.probe_grid, args.amp, update_statistics=True)
+
+
+def fit(args, data, model, pairs, plain_encoder, states, progress, patient):
+    """Train for the epochs that are left, with a line of log.jsonl every few steps."""
+    rank, world = rank_and_world()
     share = args.batch_size // world
-    for epoch in range(step // steps, epochs):
-        order, choice = datasets.epoch_plan(count, len(pairs), args.seed, epoch, device)
+    steps = len(data.train_images) // args.batch_size    # a last, incomplete batch is left out
+    warmup = round(args.warmup_epochs * steps)
+    total = args.epochs * steps
+    optimizer = states["optimizer"]
+    scaler = states["scaler"]
+    step = progress["step"]
+    if rank == 0:
+        log = open_log(args.out, step)
+    for epoch in range(progress["epoch"], args.epochs):
+        order, choice = datasets.epoch_plan(
+            len(data.train_images), len(pairs), args.seed, epoch, pairs.device)
         logged_step = step
         start = time.perf_counter()
         for i in range(steps):
             first = i * args.batch_size + rank * share
             index = order[first:first + share]    # (B,)
             x = data.batch(data.train_images, index)    # (B, C, H, W)
+            inputs = pairs[choice[index]].unbind(1)    # g1 and g2, (B, ...) each
             if args.method == "supervised":
                 inputs = [data.train_labels[index]]
-            else:
-                drawn = pairs[choice[index]]    # (B, 2): each image's pair
-                inputs = elements[drawn].unbind(1)    # g1 and g2, (B, ...) each
 
             lr = args.lr * schedule(step, warmup, total)
             for parameter_group in optimizer.param_groups:
                 parameter_group["lr"] = lr
-            with probe.precision(device, args.amp):
+            with probe.precision(x.device, args.amp):
                 loss = model(x, *inputs)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -524,57 +448,97 @@ def train(args):
             scaler.step(optimizer)    # leaves the step out where float16 overflows,
             scaler.update()    # and lowers the scale
             if scaler.get_scale() < scale:
-                skipped += 1
-            if isinstance(objective, BYOL):
-                objective.after_step(step, total)
+                progress["skipped"] += 1
             step += 1
 
             last = i + 1 == steps
             if step % args.log_every == 0 or last:
-                mean = mean_over_processes(loss)
-                if not math.isfinite(mean):
-                    end(f"the loss is {mean} at step {step}; {saved}; try a lower --lr", 1)
-                images = (step - logged_step) * args.batch_size
-                rate = round(images / (time.perf_counter() - start), 1)
-                line = dict(epoch=epoch + 1, step=step, loss=mean, lr=lr, skipped=skipped,
-                            images_per_second=rate)
+                rate = (step - logged_step) * args.batch_size / (time.perf_counter() - start)
+                line = dict(epoch=epoch + 1, step=step, loss=mean_over_processes(loss), lr=lr,
+                            skipped=progress["skipped"], images_per_second=round(rate, 1))
+                if not math.isfinite(line["loss"]):
+                    raise Diverged(f"the loss is {line['loss']} at step {step}")
+                if scaler.get_scale() < 2**-60 or progress["skipped"] == total:
+                    raise Diverged(f"float16 overflowed in {progress['skipped']} of {step} steps")
                 if rank == 0:
                     if last and args.eval_every and (epoch + 1) % args.eval_every == 0:
-                        line["held_out"] = measure(probe.split_training(data))
+                        part = probe.split_training(data)
+                        line["held_out"] = measure(states["encoder"], plain_encoder, part, args)
                     log.write(json.dumps(line) + "\n")
                 logged_step = step
                 start = time.perf_counter()
         wait(patient)
-        if rank == 0:
-            text = f"epoch {epoch + 1}/{epochs}  loss {mean:.4f}  lr {lr:.4g}"
-            text += f"  {rate:,.0f} images/s"
-            if skipped > 0:
-                text += f"  {skipped} steps skipped"
-            if "held_out" in line:
-                text += f"  held out: {probe.in_words(line['held_out'])}"
-            print(text, flush=True)
-        if (epoch + 1) % args.save_every == 0 or epoch + 1 == epochs:
-            save()
+        progress.update(step=step, epoch=epoch + 1)
+        print(f"epoch {epoch + 1}/{args.epochs}  loss {line['loss']:.4f}  lr {lr:.4g}  "
+              f"{rate:,.0f} images/s", flush=True)
+        if rank == 0 and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
+            save(args, states, progress)
 
-    # ---- the trained encoder is measured, and saved with the statistics it was measured with
-    if total > 0 and skipped == step:
-        end("float16 overflowed at every step, so nothing was trained: take another --amp", 1)
-    if rank == 0:
-        result = measure(data)
-        objective.encoder.load_state_dict(eval_encoder.state_dict())
-        save()
-        probe.write_result(args.out, vars(args), result, frozen, epochs)
-        print("trained encoder:", probe.in_words(result))
+
+def train(args):
+    """The whole run. Raises a ValueError or an OSError for bad input or no room to save, and
+    Diverged if it cannot go on."""
+    device, patient = start_processes(args)
+    rank, world = rank_and_world()
+    data = load_in_turn(args, device, patient)
+    check_data(args, data, world)
+    objective, pairs = make_objective(args, data.classes)
+    objective.to(device)
+    optimizer = LARS(objective.parameters(), args.lr, args.momentum, args.weight_decay,
+                     args.trust_coefficient)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
+    states = dict(
+        encoder=objective.encoder, objective=objective, optimizer=optimizer, scaler=scaler)
+
+    with probe.full_precision(args.amp):
+        progress = resume(args, states, patient)
+        plain_encoder = copy.deepcopy(objective.encoder)
+        print(f"{device.type}: {world} x {args.batch_size // world} images a step, half precision "
+              f"{args.amp}", flush=True)
+        if rank == 0 and progress["frozen"] is None:
+            progress["frozen"] = measure(objective.encoder, plain_encoder, data, args)
+            if args.eval_every:
+                part = probe.split_training(data)
+                looked = measure(objective.encoder, plain_encoder, part, args)
+                progress["frozen"]["held_out"] = looked
+            print("frozen encoder:", probe.in_words(progress["frozen"]), flush=True)
+        wait(patient)
+        if args.method != "frozen":
+            model = synchronise_batch_norm(objective, device)
+            if dist.is_initialized():
+                model = DistributedDataParallel(model)
+            fit(args, data, model, pairs.to(device), plain_encoder, states, progress, patient)
+        if rank == 0:
+            result = progress["frozen"]
+            if args.method != "frozen":
+                result = measure(objective.encoder, plain_encoder, data, args)
+                print("trained encoder:", probe.in_words(result))
+            # Its batch norm now has the statistics of all training images.
+            objective.encoder.load_state_dict(plain_encoder.state_dict())
+            save(args, states, progress)
+            probe.write_result(args.out, vars(args), result, progress["frozen"], progress["epoch"])
     wait(patient)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def end(message, status):
+    """End the program with one line."""
+    print("train.py:", *str(message).split(), file=sys.stderr)
+    sys.exit(status)
+
+
 def main(args):
     try:
         train(args)
+    except Diverged as error:
+        end(f"{error}; the last checkpoint is kept: try a lower --lr, or --amp bfloat16", 1)
     except (ValueError, OSError, OverflowError) as error:
         end(error, 2)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        end("out of memory: take a smaller --batch-size", 2)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Draw the figures of README.md, TOUR.md and experiments/README.md into results/figures.
+"""Draw the figures of README.md, TOUR.md and experiments/README.md.
 
     pip install -r experiments/requirements.txt
-    python experiments/figures.py idea RUN          an image's two views, from a run by rotation
-    python experiments/figures.py curves [RUN ...]  loss and looks over training (or paper-mnist)
-    python experiments/figures.py sweeps            top-1 over base space and over distance
-    python experiments/figures.py tour              the pictures of TOUR.md, from its own blocks
+    python experiments/figures.py idea RUN       an image's two views, from a run by rotation
+    python experiments/figures.py curves NAME    loss and measures over the training of a table
+    python experiments/figures.py sweeps         top-1 over base space and over distance
+    python experiments/figures.py tour           the pictures of TOUR.md, from its own blocks
 
-RUN is a folder that train.py wrote; sweeps reads the files of tables.py.
+They go into runs/figures, or with --results FOLDER there; the documents show those of
+experiments/results/figures.
 """
 import argparse
 import copy
@@ -31,8 +32,6 @@ import probe    # noqa: E402
 BLUE = "#1f5fa8"
 RED = "#c2402a"
 GREY = "#777777"
-COLOURS = {"h-ssl": BLUE, "a-ssl": RED, "supervised": "#2e8b57"}
-STYLES = {"": "-", "on a CPU": "-."}    # by CHANGE of a row "ROW, CHANGE"; others are dotted
 
 
 def colours(z, fibers):
@@ -75,7 +74,7 @@ def arrow(figure, a, b, colour="black"):
 @torch.no_grad()
 def idea(args):
     """An image through an encoder by rotation: the same views from images and from features."""
-    encoder, settings = probe.load_encoder(args.runs[0])
+    encoder, settings = probe.load_encoder(args.of)
     data = probe.load_data(settings, "cpu")
     group = hssl.Rotation(4)
     x = data.batch(data.test_images, torch.tensor([0]))    # (1, 1, H, W)
@@ -120,48 +119,25 @@ def idea(args):
 
 
 def curves(args):
-    """Loss and --eval-every's measures over training, H-SSL's beside others'."""
-    measures = {
-        "top1": "linear, %",
-        "mean_top1": "linear, mean over positions, %",
-        "neighbours": "neighbours, %",
-        "mean_neighbours": "neighbours, mean over positions, %",
-        "effective_rank": "effective rank",
-    }
+    """Loss and --eval-every's measures over the steps of a table's runs, by row."""
     figure, grid = plt.subplots(2, 3, figsize=(12, 6))
     loss_axes, *panels = grid.flat
-    loss_axes.set(title="NT-Xent, nats", xlabel="epoch")
-    if args.runs:
-        runs = [report.read_run(folder) for folder in args.runs]
-    else:
-        runs = report.read_runs("paper-mnist")
+    loss_axes.set(title="NT-Xent, nats", xlabel="step")
+    runs = [run for run in report.read_runs(args.of) if run["looks"]]
+    if not runs:
+        raise ValueError(f"no run of {args.of} has looks: train them with --eval-every")
+    rows = report.rows_of(runs)
     for run in runs:
-        colour = COLOURS.get(run["method"], GREY)
-        change = run["row"].partition(", ")[2]
-        style = STYLES.get(change, ":")
-        looks = run["looks"]
-        before = run["frozen"].get("held_out")
-        if not looks or before is None:
-            raise ValueError(f"{run['row']}, seed {run['seed']}, has no curve: train with "
-                             "--eval-every from the start")
-        steps_per_epoch = looks[0]["step"] / looks[0]["epoch"]
-        steps, losses = zip(*run["losses"])
-        epochs = [step / steps_per_epoch for step in steps]
+        colour = f"C{rows.index(run['row'])}"
         if run["method"] != "supervised":
-            loss_axes.plot(epochs, losses, style, color=colour, linewidth=1.3)
-        for axes, (name, title) in zip(panels, measures.items()):
-            axes.set(title=title, xlabel="epoch")
-            if before[name] is None:
-                continue    # there are no labels
-            epochs = [0] + [look["epoch"] for look in looks]
-            values = [before[name]] + [look[name] for look in looks]
-            axes.plot(epochs, values, style, color=colour, label=run["row"], linewidth=1.3,
-                      marker=".")
-    for axes, name in zip(panels, measures):
-        frozen = runs[0]["frozen"]["held_out"][name]
-        if frozen is not None:
-            label = f"frozen, seed {runs[0]['seed']}"
-            axes.axhline(frozen, color=GREY, linestyle="--", label=label)
+            steps, losses = zip(*run["losses"])
+            loss_axes.plot(steps, losses, color=colour, linewidth=1.3)
+        looks = [dict(step=0, **run["frozen"]["held_out"]), *run["looks"]]
+        steps = [look["step"] for look in looks]
+        for axes, (title, name) in zip(panels, report.MEASURES.items()):
+            axes.set(title=title, xlabel="step")
+            values = [look[name] for look in looks]
+            axes.plot(steps, values, color=colour, label=run["row"], linewidth=1.3, marker=".")
     # Seeds share an entry.
     lines, labels = panels[-1].get_legend_handles_labels()
     entries = dict(zip(labels, lines))
@@ -182,15 +158,15 @@ def sweeps(args):
     points = (1, 2, 3, 5)
     for axes, (name, label) in zip(panels, labels.items()):
         runs = report.read_runs(name)
-        for method, marker in (("h-ssl", "o"), ("a-ssl", "s")):
+        for method, colour, marker in (("h-ssl", BLUE, "o"), ("a-ssl", RED, "s")):
             means = []
             deviations = []
             for point in points:
                 top1 = report.values(runs, f"{method} {point}", "top1").values()
                 means.append(statistics.mean(top1))
                 deviations.append(statistics.stdev(top1))
-            axes.errorbar(points, means, deviations, color=COLOURS[method], marker=marker,
-                          capsize=3, label=f"{method.upper()}, mean ± std of {len(top1)} trainings")
+            axes.errorbar(points, means, deviations, color=colour, marker=marker, capsize=3,
+                          label=f"{method.upper()}, mean ± std of {len(top1)} trainings")
         frozen = report.values(runs, "h-ssl 1", "top1", frozen=True)
         axes.axhline(statistics.mean(frozen.values()), color=GREY, linestyle="--",
                      label="frozen encoder")
@@ -277,11 +253,13 @@ def tour_views(tour):
         g = torch.tensor([shift])
         corner = (tour.shifts.corner - g[0]) * tour.shifts.stride - 0.5
         top, left = corner.tolist()
-        side = tour.shifts.window * tour.shifts.stride
+        side = tour.shifts.base_size * tour.shifts.stride
         whole.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=colour,
                                   linewidth=2.5, clip_on=False, zorder=3))
-        picture(figure, 0.53 + 0.27 * k, 0.59, 0.23, tour.crops.T(g, x)[0, 0],
-                f"A-SSL: crop {k + 1}", colour, fontsize=9)
+        moved = tour.shifts.T(g, x)[0, 0]
+        first = tour.shifts.corner * tour.shifts.stride
+        window = moved[first:first + side, first:first + side]
+        picture(figure, 0.53 + 0.27 * k, 0.59, 0.23, window, f"window {k + 1}", colour, fontsize=9)
 
     titles = ("0°: G0, g = 0°", "90°: view of g = 270°", "180°: view of g = 180°",
               "270°: view of g = 90°")
@@ -331,23 +309,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=FIGURES)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="idea, curves: folders of runs")
-    parser.add_argument("--out", type=Path, default=report.RESULTS / "figures", metavar="FOLDER",
-                        help="where to write (experiments/results/figures)")
-    args = parser.parse_args(argv)
-    if args.figure == "idea" and len(args.runs) != 1:
-        parser.error("idea takes one RUN, by rotation")
+    parser.add_argument("of", nargs="?", metavar="RUN or NAME", help="idea, curves: of what")
+    parser.add_argument("--results", type=Path, default=Path("runs/figures"), metavar="FOLDER",
+                        help="where to write (runs/figures)")
+    args = parser.parse_intermixed_args(argv)
+    if (args.figure in ("idea", "curves")) != (args.of is not None):
+        parser.error("idea takes a RUN by rotation, curves the NAME of a table, the others nothing")
     matplotlib.use("Agg")
-    try:
-        drawn = FIGURES[args.figure](args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"figures.py: {error}\n")
-    args.out.mkdir(parents=True, exist_ok=True)
+    drawn = FIGURES[args.figure](args)
+    args.results.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
-        figure.savefig(args.out / f"{name}.png", dpi=110)
+        figure.savefig(args.results / f"{name}.png", dpi=110)
         plt.close(figure)
-        print(args.out / f"{name}.png")
+        print(args.results / f"{name}.png")
 
 
 if __name__ == "__main__":
-    main()
+    report.run(main)

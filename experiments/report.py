@@ -2,9 +2,7 @@
 
     python experiments/report.py NAME [means | differences]
 
-The runs come from results/NAME.json, which tables.py writes, and from the folders results/NAME/*/
-of runs that were started by hand: each holds the config.json, probe.json and log.jsonl that
-train.py wrote, and may hold a run.json with "row", "machine" and "commit".
+The runs come from results/NAME.json, which tables.py writes.
 
 means: frozen → trained encoder, each as mean ± standard deviation over n whole trainings. Linear
 is the linear classifier and neighbours the vote of the 20 nearest, both top-1 on test images in
@@ -12,12 +10,13 @@ percent. They read the maps averaged to --probe-grid, 2x2 here, and under "mean"
 positions. Rank is the effective rank. Time is that of the training steps, the median of the runs.
 
 differences: the mean difference of two rows over the n seeds that both have, with its 95 % interval
-by Student's t. It speaks of other seeds, not of other images, and each interval stands alone. ≈
-marks what is equivalent within ±0.5 points, by two one-sided tests at 5 %.
+by Student's t, from three seeds on. It speaks of other seeds, not of other images, and each
+interval stands alone. ≈ marks what is equivalent within ±0.5 points, by two one-sided tests at 5 %.
 """
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -26,6 +25,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = ("means", "differences")
 # Fixed before the runs: encoders that differ by less are equivalent.
 MARGIN = 0.5
+# What Student's t of n seeds stays below with a probability of 97.5 %, for intervals, and of 95 %,
+# for equivalence. Between two of these n the smaller one is taken, which makes intervals wider.
+STUDENT_T = {
+    3: (4.3027, 2.9200),
+    4: (3.1824, 2.3534),
+    5: (2.7764, 2.1318),
+    7: (2.4469, 1.9432),
+    10: (2.2622, 1.8331),
+}
 MEASURES = {
     "linear": "top1",
     "linear, mean": "mean_top1",
@@ -46,61 +54,51 @@ COMPARISONS = {
 }
 
 
-# ------------------------------------------------------------------------------------------ reading
+# -------------------------------------------------------------------------------- files and the end
 
-def read_run(folder):
-    """The record of a run, a dict, from what train.py wrote into its folder, and run.json.
-
-    Losses are [step, loss] pairs, looks what --eval-every saw. The time is that of the steps.
-    """
-    folder = Path(folder)
-    settings = json.loads((folder / "config.json").read_text())
-    result = json.loads((folder / "probe.json").read_text())
-    seconds = 0
-    step = 0
-    losses = []
-    looks = []
-    for text in (folder / "log.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        seconds += (line["step"] - step) * settings["batch_size"] / line["images_per_second"]
-        step = line["step"]
-        losses.append([step, round(line["loss"], 4)])
-        if "held_out" in line:
-            looks.append(dict(step=step, epoch=line["epoch"], **line["held_out"]))
-    record = dict(
-        row=f"{settings['group']} {settings['method']}",
-        seed=settings["seed"],
-        torch=settings["torch"],
-        training_seconds=round(seconds, 1),
-        losses=losses,
-        looks=looks,
-    )
-    about = folder / "run.json"
-    if about.exists():
-        result |= json.loads(about.read_text())
-    return record | result
+def read_json(path):
+    """The content of a JSON file. Raises a ValueError that names the file if it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is empty, cut off or no JSON: {error}") from None
 
 
 def read_runs(name):
-    """All runs of a table, a list of records.
-
-    Raises a ValueError if there are none, or two of one row with one seed.
-    """
+    """All runs of a table, a list of records. Raises a ValueError if there are none."""
     path = RESULTS / f"{name}.json"
-    runs = []
-    if path.exists():
-        runs += json.loads(path.read_text())["runs"]
-    for config in sorted(RESULTS.glob(f"{name}/*/config.json")):
-        runs.append(read_run(config.parent))
-    if not runs:
-        raise ValueError(f"there are no results of {name!r}: tables.py {name} trains them")
-    names = [(run["row"], run["seed"]) for run in runs]
-    for row, seed in names:
-        if names.count((row, seed)) > 1:
-            raise ValueError(f"{name} has two runs of row {row!r} with seed {seed}: give one another "
-                             "row in its run.json")
-    return runs
+    if not path.exists():
+        raise ValueError(f"{path} is missing: tables.py trains the runs and writes it")
+    content = read_json(path)
+    if not content.get("runs"):
+        raise ValueError(f"{path} holds no runs of tables.py")
+    return content["runs"]
 
+
+def run(function, *arguments):
+    """Call a program's function; what ends it early is said in one line.
+
+    A console that cannot show a character, such as τ or →, shows ? in its place.
+    """
+    sys.stdout.reconfigure(errors="replace")
+    program = Path(sys.argv[0]).name
+    try:
+        function(*arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # The disk is full. At exit Python would try once more, and print a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+
+
+# --------------------------------------------------------------------------------------- statistics
 
 def values(runs, row, measure, frozen=False):
     """{seed: value} of a row by a measure; frozen: before the training. Empty without labels."""
@@ -110,36 +108,6 @@ def values(runs, row, measure, frozen=False):
         if run["row"] == row and result[measure] is not None:
             found[run["seed"]] = result[measure]
     return found
-
-
-# --------------------------------------------------------------------------------------- statistics
-
-def integral_of_cosine(power, angle):
-    """The integral of cos^power from 0 to angle, by its reduction formula."""
-    if power == 0:
-        return angle
-    if power == 1:
-        return math.sin(angle)
-    boundary = math.cos(angle) ** (power - 1) * math.sin(angle)
-    return (boundary + (power - 1) * integral_of_cosine(power - 2, angle)) / power
-
-
-def quantile(p, freedom):
-    """What Student's t with so many degrees of freedom stays below with probability p > 0.5.
-
-    With t = √freedom · tan θ, P(|T| < t) is the integral of cos^(freedom - 1) from 0 to θ, divided
-    by that from 0 to π/2. The angle is found by halving.
-    """
-    low = 0
-    high = math.pi / 2
-    target = (2 * p - 1) * integral_of_cosine(freedom - 1, high)
-    for _ in range(60):
-        middle = (low + high) / 2
-        if integral_of_cosine(freedom - 1, middle) < target:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(freedom) * math.tan(low)
 
 
 def paired(a, b):
@@ -159,9 +127,17 @@ def paired(a, b):
     return n, mean, error
 
 
-def equivalent(n, mean, error, margin=MARGIN):
-    """Two one-sided tests at 5 %: the 90 % interval lies within ±margin."""
-    return n > 1 and abs(mean) + quantile(0.95, n - 1) * error < margin
+def student_t(n):
+    """The two numbers of STUDENT_T for n seeds, n at least 3."""
+    return STUDENT_T[max(count for count in STUDENT_T if count <= n)]
+
+
+def equivalent(n, mean, error):
+    """Two one-sided tests at 5 %: the 90 % interval lies within ±MARGIN."""
+    if n < 3:
+        return False
+    _, one_sided = student_t(n)
+    return abs(mean) + one_sided * error < MARGIN
 
 
 # ----------------------------------------------------------------------------------------- Markdown
@@ -189,13 +165,14 @@ def mean_cell(found, digits=2):
 
 
 def difference_cell(a, b):
-    """The mean of a - b with its interval, as a cell."""
+    """The mean of a - b, with its interval from three seeds on."""
     n, mean, error = paired(a, b)
     if n == 0:
         return "–"
     text = signed(mean)
-    if n > 1:
-        half_width = quantile(0.975, n - 1) * error
+    if n >= 3:
+        two_sided, _ = student_t(n)
+        half_width = two_sided * error
         text += f" [{signed(mean - half_width)}, {signed(mean + half_width)}]"
     if equivalent(n, mean, error):
         text += " ≈"
@@ -248,9 +225,7 @@ def differences(runs, name):
     titles = [title for title in MEASURES if title != "rank"]
     lines = heading("difference", "n", *titles)
     for row, other, frozen in comparisons:
-        label = f"{row} − {other}"
-        if frozen:
-            label = f"{row} − frozen"
+        label = f"{row} − frozen" if frozen else f"{row} − {other}"
         n, _, _ = paired(values(runs, row, "top1"), values(runs, other, "top1", frozen))
         cells = []
         for title in titles:
@@ -262,19 +237,17 @@ def differences(runs, name):
 
 
 def caption(runs, name):
-    """What the runs were made with, in a sentence."""
-    machines = set()
-    versions = set()
-    commits = set()
-    for run in runs:
-        commit = run.get("commit") or "not recorded"
-        if run.get("dirty"):
-            commit += " with changes"
-        machines.add(run.get("machine", "machine not recorded"))
-        versions.add(run["torch"])
-        commits.add(commit)
-    parts = [" or ".join(sorted(found)) for found in (machines, versions, commits)]
-    return f"Table {name}: {parts[0]}; torch {parts[1]}; commit {parts[2]}."
+    """What the runs were made with, in a line."""
+    words = []
+    for key in ("machine", "torch", "commit"):
+        found = set()
+        for run in runs:
+            word = run.get(key) or "not recorded"
+            if key == "commit" and run.get("dirty"):
+                word += " with changes"
+            found.add(word)
+        words.append(f"{key} {' or '.join(sorted(found))}")
+    return f"Table {name}: {'; '.join(words)}."
 
 
 def table(name, part=None):
@@ -301,13 +274,9 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def main():
-    try:
-        print(table(**vars(parse())))
-    except ValueError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(argv=None):
+    print(table(**vars(parse(argv))))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

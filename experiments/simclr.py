@@ -4,32 +4,27 @@
 
 Both encode two augmented copies of every image in a step. simclr compares the two by their whole
 maps, so the group only chooses the network. h-ssl reads two views from the features of each copy,
-and compares all four. One process only; what ended early starts again with --resume. The run's
-folder is one that probe.py reads.
+and compares all four. One process only.
 
 Letters: B images in a step, N projections of each of V views, D numbers per projection, C channels,
-H W space, P pairs of group elements.
+H W space.
 """
 import argparse
-import copy
-import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import report
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data as datasets    # noqa: E402
 import probe    # noqa: E402
 import train    # noqa: E402
-from hssl import allowed_pairs    # noqa: E402
-from lars import LARS    # noqa: E402
-from losses import at_least_float32, check_shapes    # noqa: E402
+from hssl import ProjectionHead, allowed_pairs, readout    # noqa: E402
 
 
 def augment(x, generator=None):
@@ -68,10 +63,14 @@ def multi_view_nt_xent(*views, temperature=0.1):
 
     The loss is the mean over partners, and over projections, of -log softmax of cos/τ among the
     V·N - 1 others, as in the supervised contrastive loss (Khosla et al. 2020, Eq. 2) with each
-    image for a class. For two views it is `nt_xent`. Computed in float32 at least.
+    image for a class. For two views it is `nt_xent`. Computed in float32 at least. Raises a
+    ValueError for views of other or different shapes.
     """
-    check_shapes(*views)
-    h = at_least_float32(torch.cat(views))
+    shapes = {tuple(view.shape) for view in views}
+    if len(shapes) > 1 or views[0].ndim != 2:
+        raise ValueError(f"views must all be (N, D), but are {sorted(shapes)}")
+    h = torch.cat(views)
+    h = h.to(torch.promote_types(h.dtype, torch.float32))
     h = F.normalize(h, dim=1)    # (V·N, D)
     rows = torch.arange(len(h), device=h.device)
     partners = []
@@ -85,145 +84,72 @@ def multi_view_nt_xent(*views, temperature=0.1):
         return -log_probability.gather(1, partner_index).mean()
 
 
-class SimCLR(train.SelfSupervised):
-    """Encoder, head and NT-Xent of two copies of the same images."""
+class Augmented(train.SelfSupervised):
+    """Encoder, head and loss of two augmented copies of the same images.
 
-    def forward(self, copy1, copy2, g1, g2):    # (B, C, H, W) twice; g1 and g2 are not used
-        h1 = self.head(self.encoder(copy1))    # (B, D)
-        h2 = self.head(self.encoder(copy2))
-        return self.compare(h1, h2)
+    With a group the views are two of each copy, by the same g1 and g2, else the copies' maps.
+    """
 
+    def __init__(self, encoder, head, group, temperature, seed):
+        super().__init__(encoder, head, group, temperature, None)
+        self.seed = seed
+        # In the checkpoint, so that a resumed run draws what it would have drawn.
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-class AugmentedHSSL(train.SelfSupervised):
-    """The same with two views from the features of each copy, by the same g1 and g2."""
-
-    def forward(self, copy1, copy2, g1, g2):    # g1 and g2: (B, ...)
+    def forward(self, x, g1, g2):    # x: (B, C, H, W), g1 and g2: (B, ...)
+        seed = (1_000_000 * self.seed + self.steps.item()) % 2**63
+        generator = torch.Generator(x.device).manual_seed(seed)
+        self.steps += 1
         views = []
-        for x in (copy1, copy2):
-            z = self.encoder(x)
-            for g in (g1, g2):
-                views.append(self.head(self.group.view(g, z)))    # (B, D)
+        for _ in range(2):
+            z = self.encoder(augment(x, generator))
+            if self.group is None:
+                views.append(self.head(z))    # (B, D)
+            else:
+                views.append(self.head(self.group.view(g1, z)))
+                views.append(self.head(self.group.view(g2, z)))
         return multi_view_nt_xent(*views, temperature=self.temperature)
 
 
+@torch.no_grad()
+def make_objective(args, classes):
+    """The method's module, and the pairs that g1 and g2 are drawn from, as train.py makes them."""
+    torch.manual_seed(args.seed)
+    encoder = probe.make_encoder(vars(args)).eval()
+    channels, side = args.image_shape
+    view = encoder(torch.zeros(1, channels, side, side))
+    group = None
+    pairs = torch.zeros(1, 2)
+    if args.method != "simclr":
+        group = train.make_group(args, encoder.stride)
+        view = group.base(view)
+        pairs = group.elements[allowed_pairs(group, args.max_distance)]
+    head = ProjectionHead(readout(view, args.grid).shape[1], *args.head_widths, args.grid)
+    return Augmented(encoder, head, group, args.temperature, args.seed).train(), pairs
+
+
 def parse(argv=None):
-    """train.py's settings, with method "simclr" or "h-ssl"."""
+    """train.py's settings, with methods of its own, by which --resume tells the runs apart."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      epilog="Other flags are train.py's.")
     parser.add_argument("--method", choices=("simclr", "h-ssl"), required=True)
     parser.add_argument("--out", help="the run's folder (runs/DATASET-augmented-METHOD-GROUP-SEED)")
     own, others = parser.parse_known_args(argv)
     args = train.parse(others)
-    if args.objective != "nt-xent" or args.eval_every is not None or args.structure != "group":
-        parser.error("--objective, --eval-every and --structure are train.py's alone")
     args.method = own.method
-    args.out = own.out or f"runs/{args.dataset}-augmented-{args.method}-{args.group}-{args.seed}"
+    if own.method == "h-ssl":
+        args.method = "h-ssl on copies"
+    args.out = own.out or f"runs/{args.dataset}-augmented-{own.method}-{args.group}-{args.seed}"
     return args
-
-
-def make_objective(args):
-    """The method's module, and all pairs that its views are drawn from, (P, 2, ...).
-
-    Raises a ValueError where the settings do not fit.
-    """
-    encoder, group = train.make_encoder_and_group(args)
-    channels, side = args.image_shape
-    with torch.no_grad():
-        z = encoder.eval()(torch.zeros(1, channels, side, side))
-    encoder.train()
-    if args.method == "h-ssl":
-        objective = AugmentedHSSL(args, encoder, group, group.base(z))
-        pairs = allowed_pairs(group, args.max_distance)
-    else:
-        objective = SimCLR(args, encoder, group, z)
-        pairs = torch.zeros(1, 2, dtype=torch.int64)
-    return objective, group.elements[pairs]
-
-
-def run(args):
-    """Train and measure; writes config.json, log.jsonl, checkpoint.pt and probe.json.
-
-    Raises a ValueError or an OSError for bad input, or no room to save.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("this is for one process: start it without torchrun")
-    if args.amp == "off":
-        torch.backends.fp32_precision = "ieee"    # as in train.py
-    data = probe.load_data(vars(args), args.device)
-    count = len(data.train_images)
-    if args.batch_size > count:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {count} training images")
-    args.image_shape = list(data.train_images.shape[1:3])
-    args.mean = data.mean
-    args.std = data.std
-    torch.manual_seed(args.seed)
-    objective, pairs = make_objective(args)
-    objective.to(args.device)
-    pairs = pairs.to(args.device)
-    encoder = objective.encoder
-    train.find_checkpoint(vars(args))    # refuses a folder that holds a finished run
-    out = Path(args.out)
-    config = json.dumps(vars(args) | dict(torch=torch.__version__)) + "\n"
-    probe.write_whole(out / "config.json", config.encode())
-    frozen = probe.evaluate(
-        copy.deepcopy(encoder), data, args.probe_grid, args.amp, update_statistics=True)
-    print("frozen encoder:", probe.in_words(frozen), flush=True)
-
-    optimizer = LARS(objective.parameters(), args.lr, args.momentum, args.weight_decay,
-                     args.trust_coefficient)
-    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "float16")
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    steps = count // args.batch_size    # a last, incomplete batch is left out
-    warmup = round(args.warmup_epochs * steps)
-    step = 0
-    log = train.open_log(out, step)
-    for epoch in range(args.epochs):
-        order, choice = datasets.epoch_plan(count, len(pairs), args.seed, epoch, args.device)
-        start = time.perf_counter()
-        losses = []
-        for index in order.split(args.batch_size)[:steps]:    # (B,)
-            x = data.batch(data.train_images, index)    # (B, C, H, W)
-            copy1 = augment(x, generator)
-            copy2 = augment(x, generator)
-            g1, g2 = pairs[choice[index]].unbind(1)    # (B, ...) each
-
-            lr = args.lr * train.schedule(step, warmup, args.epochs * steps)
-            for parameter_group in optimizer.param_groups:
-                parameter_group["lr"] = lr
-            with probe.precision(args.device, args.amp):
-                loss = objective(copy1, copy2, g1, g2)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            step += 1
-            losses.append(loss.detach())
-
-        mean = torch.stack(losses).mean().item()
-        if not math.isfinite(mean):
-            sys.exit(f"simclr.py: the loss is {mean} in epoch {epoch + 1}: take a lower --lr")
-        rate = round(steps * args.batch_size / (time.perf_counter() - start), 1)
-        line = dict(epoch=epoch + 1, step=step, loss=mean, lr=lr, images_per_second=rate)
-        log.write(json.dumps(line) + "\n")
-        print(f"epoch {epoch + 1}/{args.epochs}  loss {mean:.4f}  {rate:,.0f} images/s", flush=True)
-    log.close()
-
-    result = probe.evaluate(encoder, data, args.probe_grid, args.amp, update_statistics=True)
-    checkpoint = dict(encoder=encoder.state_dict(), settings=vars(args), epoch=args.epochs,
-                      frozen=frozen)
-    probe.write_checkpoint(out / "checkpoint.pt", checkpoint)
-    probe.write_result(out, vars(args), result, frozen, args.epochs)
-    print("trained encoder:", probe.in_words(result))
 
 
 def main(argv=None):
     args = parse(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"simclr.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    if "RANK" in os.environ:
+        raise ValueError("this is for one process: start it without torchrun")
+    train.make_objective = make_objective    # which train.py calls
+    train.main(args)
 
 
 if __name__ == "__main__":
-    main()
+    report.run(main)

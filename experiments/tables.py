@@ -1,19 +1,18 @@
-"""Train a table of experiments/README.md: each row for every seed, by train.py or simclr.py.
+"""Train a table of experiments/README.md: each row for every seed, by train.py or a script here.
 
-    python experiments/tables.py NAME [--seeds 0 1 2] [--jobs 2]
+    python experiments/tables.py NAME [--seeds 0 1 2] [--jobs 2] [--results FOLDER]
 
     mnist                    Table 1 in small: A-SSL, H-SSL and supervised for each group
     untied-mnist             the structure removed
     untied-glyphs            the same, on images that are turned
     base-space, distance     H-SSL's parameters beside A-SSL's crop size and displacement
-    objectives               SimSiam and BYOL
     work                     H-SSL for 16 epochs beside A-SSL and SimCLR for 8
     cifar10                  the residual network
     paper-...                the paper's settings, for --launcher "torchrun --nproc_per_node=8"
 
-It writes results/NAME.json, which keeps the runs that it has, and prints it as a table. Finished
-runs in the folder --runs are not trained again; interrupted ones of train.py go on from their
-checkpoint.
+It prints the table. With --results it writes FOLDER/NAME.json, too, which keeps the runs that it
+has; report.py reads those of experiments/results. Finished runs, there or in the folder --runs, are
+not trained again; interrupted ones go on from their checkpoint.
 """
 import argparse
 import json
@@ -23,7 +22,6 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -61,6 +59,7 @@ CIFAR10 = ("--dataset cifar10 --device cpu --amp bfloat16 --group translation --
            "--trust-coefficient 0.03 --base-space 6 --grid 2 --probe-grid 2")
 SIMCLR = "experiments/simclr.py --method simclr"
 AUGMENTED = "experiments/simclr.py --method h-ssl"
+CROPS = "experiments/crops.py"
 
 
 def table1(settings):
@@ -93,15 +92,7 @@ def sweep(flags, changed, fixed):
     for value in (1, 2, 3, 5):
         common = f"{flags} --grid 0 {changed} {value} {fixed}"
         rows[f"h-ssl {value}"] = f"{common} --method h-ssl"
-        rows[f"a-ssl {value}"] = f"{common} --method a-ssl --crop"
-    return rows
-
-
-def without_negatives(flags):
-    rows = {}
-    for objective in ("simsiam", "byol"):
-        for method in ("a-ssl", "h-ssl"):
-            rows[f"{objective} {method}"] = f"{flags} --objective {objective} --method {method}"
+        rows[f"a-ssl {value}"] = f"{CROPS} {common} --method a-ssl"
     return rows
 
 
@@ -117,6 +108,10 @@ WORK = {
     "simclr, 8 epochs": f"{SIMCLR} {TRANSLATION} --epochs 8",
     "h-ssl on two augmented copies, 8 epochs": f"{AUGMENTED} {TRANSLATION} --epochs 8",
 }
+ON_A_CPU = {
+    "translation h-ssl, on a CPU":
+        f"{paper('mnist')['translation']} --method h-ssl --device cpu --amp bfloat16",
+}
 # table -> row -> flags of train.py, or another script and its flags
 TABLES = {
     "mnist": table1(SMALL),
@@ -124,13 +119,12 @@ TABLES = {
     "untied-glyphs": untied(GLYPHS),
     "base-space": sweep(f"{NARROW} --epochs 8", "--base-space", "--max-distance 2"),
     "distance": sweep(f"{NARROW} --epochs 8", "--max-distance", "--base-space 2"),
-    "objectives": without_negatives(SMALL["translation"]),
     "work": WORK,
     "cifar10": {
         "h-ssl": f"{CIFAR10} --method h-ssl --epochs 4",
         "simclr": f"{SIMCLR} {CIFAR10} --epochs 2",
     },
-    "paper-mnist": table1(paper("mnist")),
+    "paper-mnist": table1(paper("mnist")) | ON_A_CPU,
     "paper-cifar10": table1(paper("cifar10")),
     "paper-tiny-imagenet": table1(paper("tiny-imagenet")),
     "paper-untied": untied(paper("mnist")),
@@ -164,6 +158,13 @@ def git(*arguments):
     return finished.stdout.strip()
 
 
+def write_json(folder, name, content):
+    """Write FOLDER/NAME.json."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    probe.write_whole(folder / f"{name}.json", json.dumps(content, indent=1).encode())
+
+
 def split_script(flags):
     """The script of a row, and its flags as a list."""
     words = shlex.split(flags)
@@ -172,92 +173,116 @@ def split_script(flags):
     return "train.py", words
 
 
-def train_row(args, row, seed):
-    """Train a row with one seed in a folder of its own, unless that is done, and write run.json.
+def read_run(folder):
+    """The record of a run, a dict, from what train.py wrote into its folder.
 
-    Raises a ValueError if the script fails.
+    Losses are some 300 pairs [step, loss], looks what --eval-every saw. The time is that of the
+    steps.
     """
+    settings = report.read_json(folder / "config.json")
+    seconds = 0
+    step = 0
+    losses = []
+    looks = []
+    for text in (folder / "log.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        seconds += (line["step"] - step) * settings["batch_size"] / line["images_per_second"]
+        step = line["step"]
+        losses.append([step, round(line["loss"], 4)])
+        if "held_out" in line:
+            looks.append(dict(step=step, epoch=line["epoch"], **line["held_out"]))
+    record = dict(
+        torch=settings["torch"],
+        machine=machine(settings["device"], settings.get("processes", 1)),
+        training_seconds=round(seconds, 1),
+        losses=losses[::len(losses) // 300 + 1],
+        looks=looks,
+    )
+    return record | report.read_json(folder / "probe.json")
+
+
+def folder_of(args, row, seed):
     letters = [letter if letter.isalnum() else "-" for letter in row]
-    out = Path(args.runs, args.name, f"{''.join(letters)}-{seed}")
-    if (out / "run.json").exists():
-        return
+    return Path(args.runs, args.name, f"{''.join(letters)}-{seed}")
+
+
+def start(args, row, seed):
+    """Start a row's training in a folder of its own; what it prints goes into a file beside it."""
+    out = folder_of(args, row, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
     script, words = split_script(args.rows[row])
-    command = [*args.launcher, str(ROOT / script), *words, "--seed", str(seed), "--out", str(out)]
-    command += ["--data-dir", args.data_dir, "--resume"]
-    if args.eval_every is not None and script == "train.py":
+    command = [*args.launcher, str(ROOT / script), *words, "--data-dir", args.data_dir]
+    command += ["--seed", str(seed), "--out", str(out), "--resume"]
+    if args.eval_every is not None:
         command += ["--eval-every", args.eval_every]
     environment = dict(os.environ)
     if args.jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.jobs))
-    head, dirty = commit()
-    about = dict(
-        row=row,
-        flags=args.rows[row],
-        seed=seed,
-        commit=head,
-        dirty=dirty,
-    )
-    start = time.perf_counter()
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if finished.returncode != 0:
-        raise ValueError(f"{shlex.join(command)} failed:\n{finished.stderr}")
-    about["seconds"] = round(time.perf_counter() - start, 1)
-    settings = json.loads((out / "config.json").read_text())
-    about["machine"] = machine(settings["device"], settings.get("processes", 1))
-    record = report.read_run(out) | about
-    (out / "run.json").write_text(json.dumps(record) + "\n")
+    with open(f"{out}.txt", "w") as printed:
+        return subprocess.Popen(command, stdout=printed, stderr=printed, env=environment)
+
+
+def finish(args, row, seed, process):
+    """Write run.json, once the process has ended. Raises a ValueError if it failed."""
+    out = folder_of(args, row, seed)
+    if process.returncode != 0:
+        printed = Path(f"{out}.txt").read_text(errors="replace")
+        raise ValueError(f"{row}, seed {seed}, failed: {shlex.join(process.args)}\n{printed}")
+    head, dirty = args.commit
+    about = dict(row=row, seed=seed, flags=args.rows[row], commit=head, dirty=dirty)
+    record = about | read_run(out)
+    probe.write_whole(out / "run.json", json.dumps(record).encode())
     print(f"{row}, seed {seed}: {record['frozen']['top1']} -> {record['top1']}", file=sys.stderr)
 
 
-def finished_runs(args, path):
-    """The runs of the file, and those in the folder of runs, in the order of rows and seeds.
+def finished_runs(args):
+    """The runs in the folders of results and of runs, in the order of rows and seeds.
 
     Raises a ValueError if one of them was made with other flags.
     """
     records = []
-    if path.exists():
-        records += json.loads(path.read_text())["runs"]
+    if args.results is not None and Path(args.results, f"{args.name}.json").exists():
+        records += report.read_json(Path(args.results, f"{args.name}.json"))["runs"]
     # A run in the folder of runs is the newer one.
-    for file in Path(args.runs, args.name).glob("*/run.json"):
-        records.append(json.loads(file.read_text()))
+    for path in Path(args.runs, args.name).glob("*/run.json"):
+        records.append(report.read_json(path))
     rows = list(args.rows)
     runs = {}
     for record in records:
         row = record["row"]
         if args.rows.get(row) != record["flags"]:
-            raise ValueError(f"row {row!r} was trained with other flags: move {path} and "
-                             f"{Path(args.runs, args.name)} away")
+            raise ValueError(f"row {row!r} was trained with other flags: take other --runs and "
+                             "--results, or move what is there away")
         runs[rows.index(row), record["seed"]] = record
     return [runs[key] for key in sorted(runs)]
 
 
 def train_table(args):
-    """Train the chosen rows for the chosen seeds and write the JSON file; args are `parse`'s.
+    """Train the chosen rows for the chosen seeds, args.jobs at a time; args are `parse`'s.
 
-    Raises a ValueError if a run fails, which ends the table, or if others were made with other
-    flags. What has finished is written all the same.
+    When a run fails, a ValueError, and on Ctrl-C, the others are ended, too.
     """
-    path = Path(args.results, f"{args.name}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    finished_runs(args, path)
-    # Download now, not in several runs at once.
-    _, words = split_script(args.rows[args.chosen[0]])
-    datasets.load(words[words.index("--dataset") + 1], args.data_dir)
-
-    jobs = []
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for seed in args.seeds:
-            for row in args.chosen:
-                jobs.append(pool.submit(train_row, args, row, seed))
-        wait(jobs, return_when=FIRST_EXCEPTION)
-        pool.shutdown(cancel_futures=True)
-    runs = finished_runs(args, path)
-    if runs:
-        probe.write_whole(path, json.dumps(dict(runs=runs), indent=1).encode())
-    for job in jobs:
-        if not job.cancelled():
-            job.result()    # raises what went wrong
-    return runs
+    finished = {(run["row"], run["seed"]) for run in finished_runs(args)}
+    waiting = [(row, seed) for seed in args.seeds for row in args.chosen]
+    waiting = [run for run in waiting if run not in finished]
+    if waiting:
+        # Download now, not in several runs at once.
+        _, words = split_script(args.rows[args.chosen[0]])
+        datasets.load(words[words.index("--dataset") + 1], args.data_dir)
+    running = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                row, seed = waiting.pop(0)
+                running[row, seed] = start(args, row, seed)
+            time.sleep(0.1)
+            for (row, seed), process in list(running.items()):
+                if process.poll() is not None:
+                    del running[row, seed]
+                    finish(args, row, seed, process)
+    finally:
+        for process in running.values():
+            process.terminate()
 
 
 def parse(argv=None):
@@ -274,24 +299,29 @@ def parse(argv=None):
     add("--eval-every", metavar="EPOCHS", help="passed to train.py, for figures.py curves (never)")
     add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
     add("--runs", default="runs/experiments", help="folder of the runs' folders")
-    add("--results", default=str(report.RESULTS), help="folder of the JSON files")
+    add("--results", metavar="FOLDER", help="folder of the JSON file to write (none)")
     args = parser.parse_args(argv)
     args.rows = TABLES[args.name]
     args.chosen = args.only or list(args.rows)
     for row in args.chosen:
         if row not in args.rows:
             parser.error(f"there is no row {row!r}, only {'; '.join(args.rows)}")
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}, but must be at least 1")
+    args.commit = commit()
     return args
 
 
-def main(args):
+def main(argv=None):
+    args = parse(argv)
     try:
-        runs = train_table(args)
-    except (ValueError, OSError) as error:
-        print(f"tables.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        train_table(args)
+    finally:
+        runs = finished_runs(args)
+        if runs and args.results is not None:
+            write_json(args.results, args.name, dict(runs=runs))
     print("\n".join(report.means(runs)))
 
 
 if __name__ == "__main__":
-    main(parse())
+    report.run(main)

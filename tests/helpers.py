@@ -23,28 +23,34 @@ FORKS = mp.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo", "torch.nn.parallel"])
 
 
-def train_here(out, *flags):
+def train_here(out, *flags, **settings):
     """`python train.py FLAGS --out OUT` at the smallest size, but in this process; returns the
-    last checkpoint."""
-    train.main(train.parse([*SMALL, "--out", str(out), *flags]))
+    last checkpoint. settings: such as no flag can make."""
+    args = train.parse([*SMALL, "--out", str(out), *flags])
+    vars(args).update(settings)
+    train.main(args)
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
-def status_of(program, *arguments):
+def status_of(program, *arguments, **options):
     """The status with which a function ends the program."""
     with pytest.raises(SystemExit) as stop:
-        program(*arguments)
+        program(*arguments, **options)
     return stop.value.code
 
 
-def refusal(capsys, program, *arguments):
-    """The one line with which a function ends the program, status 2; argparse's usage may stand
-    before it."""
+def one_line(capsys, status, program, *arguments, **options):
+    """The one line with which a function ends the program, with this status; argparse's usage may
+    stand before it."""
     capsys.readouterr()
-    assert status_of(program, *arguments) == 2
+    assert status_of(program, *arguments, **options) == status
     *usage, line = capsys.readouterr().err.splitlines()
-    assert usage == [] or len(usage) == 1 and usage[0].startswith("usage: ")
+    assert usage == [] or usage[0].startswith("usage: ") and len(usage) < 3
     return line
+
+
+def refusal(capsys, program, *arguments):
+    return one_line(capsys, 2, program, *arguments)
 
 
 def draw_few_glyphs(patch, seed=0, draw=data.glyphs):

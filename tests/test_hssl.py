@@ -4,8 +4,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hssl import Crops, ProjectionHead, Rotation, Scale, Translation, allowed_pairs, readout
+from hssl import (ProjectionHead, Rotation, Scale, Translation, a_ssl_loss, allowed_pairs,
+                  h_ssl_loss, readout)
+from layers import MNISTBackbone
+from losses import nt_xent
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -33,17 +37,16 @@ def test_a_view_is_the_base_of_moved_features(group, shape):
     torch.testing.assert_close(view[identity], group.base(z)[identity])
 
 
-def test_the_window_is_in_the_middle_and_keeps_the_layout():
-    """Window and gradient are channels-last if the features are: batch norm is slow otherwise."""
+def test_the_window_is_in_the_middle_and_views_keep_the_layout():
+    """View and gradient are channels-last if the features are: batch norm is slow otherwise."""
     maps = torch.randn(2, 3, 7, 7).to(memory_format=torch.channels_last).requires_grad_()
     group = Translation(7, 4, 4)
     z = maps.unsqueeze(2)
-    window = group.base(z)
-    assert torch.equal(window, z[..., 1:5, 1:5])
-    for view in (window, group.view(torch.ones(2, 2, dtype=torch.int64), z)):
-        gradient, = torch.autograd.grad(view.sum(), maps)
-        for tensor in (view.squeeze(2), gradient):
-            assert tensor.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(group.base(z), z[..., 1:5, 1:5])
+    view = group.view(torch.ones(2, 2, dtype=torch.int64), z)
+    gradient, = torch.autograd.grad(view.sum(), maps)
+    for tensor in (view.squeeze(2), gradient):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_images_are_turned_and_enlarged():
@@ -113,22 +116,6 @@ def test_pairs(group, largest, count):
     assert distance.min() == 1 and distance.max() <= (largest or 3)
 
 
-@pytest.mark.parametrize("circular", (False, True))
-def test_crops_are_the_windows_pixels(circular):
-    """T cuts from the image the square whose positions Translation.view cuts from the features."""
-    crops = Crops(7, 3, 4, circular)
-    shifts = Translation(7, 3, 4, circular)
-
-    def f(x):    # of stride 4, and sees no further
-        return F.avg_pool2d(x, 4).unsqueeze(2)
-
-    g = crops.elements
-    assert torch.equal(g, shifts.elements)
-    assert torch.equal(crops.distance(g, g.flip(0)), shifts.distance(g, g.flip(0)))
-    x = torch.randn(len(g), 2, 28, 28)
-    assert torch.equal(crops.base(f(crops.T(g, x))), shifts.view(g, f(x)))
-
-
 def test_readout_keeps_the_layout():
     """Group elements first, then channels, rows and columns."""
     view = torch.randn(2, 3, 2, 4, 4)
@@ -136,7 +123,61 @@ def test_readout_keeps_the_layout():
     assert rows.shape == (2, 96)
     assert torch.equal(rows.view(2, 2, 3, 4, 4)[:, 1, 2], view[:, 2, 1])
     torch.testing.assert_close(readout(view, 1), view.mean((3, 4)).transpose(1, 2).flatten(1))
-    assert ProjectionHead(24, 16, 8, grid=2, norm=True)(view).shape == (2, 8)
+    assert ProjectionHead(24, 16, 8, grid=2)(view).shape == (2, 8)
+
+
+# ----------------------------------------------------------------------- where else they are to work
+
+@groups
+def test_an_empty_batch(group, shape):
+    g = group.elements[:0]
+    z = torch.zeros(0, *shape)
+    assert group.T(g, torch.zeros(0, 1, 28, 28)).shape == (0, 1, 28, 28)
+    assert group.Γ(g, z).shape == z.shape
+    assert group.view(g, z).shape == group.base(z).shape
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device that has none, as Apple's."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        assert getattr(result, "dtype", None) != torch.float64, function
+        return result
+
+
+@pytest.mark.parametrize("name, group", (("rotation", Rotation(8)), ("scale", Scale(3, 1.41))))
+def test_float32_needs_no_float64(name, group):
+    torch.set_default_dtype(torch.float32)
+    f = MNISTBackbone(name, len(group.elements), (2, 3, 4))
+    h = ProjectionHead(4 * 7 * 7, 8, 4)
+    with NoFloat64():
+        for loss in (a_ssl_loss, h_ssl_loss):
+            g1, g2 = group.elements[torch.tensor([[0, 1], [1, 2]])]
+            loss(f, h, nt_xent, group, torch.randn(2, 1, 28, 28), g1, g2).backward()
+
+
+@groups
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_torch_func_and_compile(group, shape):
+    """The values of g cannot be checked there, but are again outside."""
+    def energy(z, g):
+        return group.view(g, z).square().sum()
+
+    g = group.elements[torch.tensor([[0, 1], [1, 2], [2, 0]])]
+    z = torch.randn(3, 2, *shape)
+    x = torch.randn(3, 2, 1, 28, 28)
+    for act, inputs in ((group.T, x), (group.Γ, z), (group.view, z)):
+        alone = torch.stack([act(g[i], inputs[i]) for i in range(3)])
+        assert torch.equal(torch.vmap(act)(g, inputs), alone)
+    z.requires_grad_()
+    expected, = torch.autograd.grad(energy(z[0], g[0]), z)
+    torch.testing.assert_close(torch.func.grad(energy)(z[0], g[0]), expected[0])
+    compiled = torch.compile(group.view, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(g[0], z[0]), group.view(g[0], z[0]))
+    if isinstance(group, Scale):
+        with pytest.raises(ValueError, match="elements of the group"):
+            energy(z[0], g[0] + 9)
 
 
 # --------------------------------------------------------------------------- what does not fit them
@@ -152,10 +193,8 @@ def test_readout_keeps_the_layout():
     (Scale, (3, math.inf), "finite"),
     (allowed_pairs, (Translation(7, 7, 4),), "make a pair"),
     (allowed_pairs, (Translation(7, 4, 4), 0), "make a pair"),
-    (Rotation(3).Γ, (torch.tensor([1]), torch.zeros(1, 1, 3, 6, 7)), "features must be"),
-    (readout, (torch.zeros(2, 3, 4, 4), 2), "features must be"),
-    (Translation(8, 4, 2, circular=True).T, (torch.zeros(1, 2).long(), torch.zeros(1, 1, 32, 32)),
-     "images must be"),
+    (readout, (torch.zeros(2, 3, 4, 4), 2), "a view must be"),
+    (readout, (torch.zeros(2, 3, 1, 4, 5), 5), "grid is 5 .* the map 4"),
     (Rotation(8).T, (torch.tensor([1]), torch.zeros(1, 1, 8, 8).byte()), "floating-point"),
 ))
 def test_arguments_that_do_not_fit(call, arguments, message):
@@ -183,33 +222,28 @@ def test_elements_that_do_not_fit(act, group, shape):
             call(wrong, inputs)
 
 
-@groups
-def test_features_that_do_not_fit(group, shape):
-    """No group axis, another one, or maps of another side, for Γ, view and base."""
-    channels, places, height, width = shape
+@pytest.mark.parametrize("group, images, features", (
+    (Rotation(4), (1, 4, 5), (1, 5, 4, 4)),
+    (Rotation(4), (4, 4), (4, 4, 4)),
+    (Rotation(3), (1, 1, 4, 4), (1, 3, 4, 5)),
+    (Scale(3, 1.41), (4, 4), (1, 2, 4, 4)),
+    (Translation(7, 4, 4), (28, 28), (1, 1, 7, 8)),
+    (Translation(7, 4, 4, circular=True), (1, 28, 32), (1, 1, 8, 7)),
+    (Rotation(4), None, None),
+))
+def test_images_and_features_that_do_not_fit(group, images, features):
+    """Other axes, lengths that are not the group's or not equal where they turn, or no tensor."""
     g = group.elements[:2]
-    wrong = [(channels, height, width)]
-    if isinstance(group, Translation):
-        wrong.append((channels, places, 7, 8))
-    else:
-        wrong.append((channels, places + 1, height, width))
-    for other in wrong:
-        z = torch.randn(2, *other)
+    x = "an image"
+    z = [1.0, 2.0]
+    if images is not None:
+        x = torch.zeros(2, *images)
+        z = torch.zeros(2, *features)
+    with pytest.raises(ValueError, match="images must be"):
+        group.T(g, x)
+    for move in (group.Γ, group.view):
+        with pytest.raises(ValueError, match="features must be"):
+            move(g, z)
+    if not isinstance(group, Rotation) or features != (1, 3, 4, 5):
         with pytest.raises(ValueError, match="features must be"):
             group.base(z)
-        for move in (group.Γ, group.view):
-            with pytest.raises(ValueError, match="features must be"):
-                move(g, z)
-
-
-@pytest.mark.parametrize("group, shape", (
-    (Rotation(4), (1, 4, 5)),
-    (Scale(3, 1.41), (4, 4)),
-    (Translation(7, 4, 4), (28, 28)),
-    (Crops(7, 4, 4), (1, 20, 20)),
-    (Crops(7, 4, 4, circular=True), (1, 28, 32)),
-))
-def test_images_that_do_not_fit(group, shape):
-    """Without channels, not square where they turn, or of a side that Crops would wrap."""
-    with pytest.raises(ValueError, match="images must be"):
-        group.T(group.elements[:2], torch.zeros(2, *shape))

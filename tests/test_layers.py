@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import probe
 from hssl import Rotation, equivariance_error
 from layers import (DenseBackbone, GroupConv2d, LiftingConv2d, MNISTBackbone, ResidualBackbone,
-                    Untied, make_encoder, steerable_basis)
+                    Untied, steerable_basis)
 
 pytestmark = pytest.mark.usefixtures("float64")
-WIDTHS = {"mnist": (3, 4, 5), "residual": (2, 3, 4, 5)}
+WIDTHS = {MNISTBackbone: (3, 4, 5), ResidualBackbone: (2, 3, 4, 5)}
 
 # What SESN's own code gives for the function of orders (2, 1), to seven digits: at one scale, and
 # at each of three. It is symmetric along the rows and antisymmetric along the columns, so its upper
@@ -127,46 +128,47 @@ def norm(layer, x):    # (B, C, S, H, W)
     return F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
 
 
-def sesn_mnist(f, x):
-    """SESN's MNIST network, without the third pooling, with the weights of f."""
-    x = F.max_pool3d(convolution(f[0], x).relu(), (1, 2, 2))
-    x = convolution(f[2], norm(f[1][2], x))
+def sesn_mnist(layers, x):
+    """SESN's MNIST network, without the third pooling, with these weights."""
+    first, _, norm1, second, _, norm2, third, norm3 = layers
+    x = F.max_pool3d(convolution(first, x).relu(), (1, 2, 2))
+    x = convolution(second, norm(norm1[1], x))
     x = F.max_pool3d(x.relu(), (1, 2, 2))
-    x = convolution(f[4], norm(f[3][2], x))
-    return norm(f[5][1], x.relu())
+    x = convolution(third, norm(norm2[1], x))
+    return norm(norm3[1], x.relu())
 
 
-def sesn_residual(f, x, stride=False):
-    """SESN's wide residual network up to its maximum over scales, with the weights of f and with
+def sesn_residual(layers, x, stride=False):
+    """SESN's wide residual network up to its maximum over scales, with these weights, and with
     2x2 means, or its own strides."""
-    x = convolution(f[0], x)
-    for block in list(f)[1:-1]:
-        y = norm(block.activate[0], x).relu()
-        if len(block.activate) == 3 and stride:
+    x = convolution(layers[0], x)
+    for block in layers[1:-1]:
+        y = norm(block.activate[0][0], x).relu()
+        if len(block.activate) == 2 and stride:
             y = y[..., ::2, ::2]
-        elif len(block.activate) == 3:
+        elif len(block.activate) == 2:
             y = F.avg_pool3d(y, (1, 2, 2))
         if block.shortcut is not None:
             x = F.conv3d(y, block.shortcut[0].weight[:, :, None])
         y = norm(block.between[0], convolution(block.first, y)).relu()
         x = x + convolution(block.second, y)
-    return norm(f[-1][0], x).relu()
+    return norm(layers[-1][0], x).relu()
 
 
 @pytest.mark.parametrize("backbone, sesn", (
-    ("mnist", sesn_mnist),
-    ("residual", sesn_residual),
+    (MNISTBackbone, sesn_mnist),
+    (ResidualBackbone, sesn_residual),
 ))
 def test_the_networks_are_sesn_s(backbone, sesn):
     """Same weights, same outputs and gradients as SESN's, whose ReLU comes before the pooling."""
-    f = make_encoder(backbone, "scale", 3, WIDTHS[backbone], (2, 32))
+    f = backbone("scale", 3, WIDTHS[backbone], 2)
     for parameter in f.parameters():
         if parameter.ndim == 1:
             nn.init.normal_(parameter, mean=0.5, std=0.5)
-    assert (f[0].bias is None) == (backbone == "residual")
+    assert (f.layers[0].bias is None) == (backbone is ResidualBackbone)
     x = torch.randn(2, 2, 32, 32, requires_grad=True)
     y = f(x)
-    expected = sesn(f, x)
+    expected = sesn(f.layers, x)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
     weight = torch.randn_like(y)
     gradient = torch.autograd.grad((y * weight).sum(), x)
@@ -177,9 +179,9 @@ def test_the_networks_are_sesn_s(backbone, sesn):
 def test_strides_would_break_quarter_turns():
     """At 32 pixels, where the network itself is exact."""
     def strided(x):
-        return sesn_residual(f, x, stride=True)
+        return sesn_residual(f.layers, x, stride=True)
 
-    f = make_encoder("residual", "rotation", 4, WIDTHS["residual"], (3, 32), extent=1)
+    f = ResidualBackbone("rotation", 4, (2, 3, 4, 5), extent=1)
     x = torch.randn(2, 3, 32, 32)
     group = Rotation(4)
     assert equivariance_error(f, group, x).max() < 1e-10
@@ -212,36 +214,57 @@ def test_number_of_parameters_is_sesn_s():
 def test_dense_backbone_shares_nothing():
     """As many outputs a stage as the convolution, and a weight for each pair."""
     f = DenseBackbone(8, (2, 3, 5))
-    sizes = [tuple(m.weight.shape) for m in f if isinstance(m, nn.Linear)]
+    sizes = [tuple(m.weight.shape) for m in f.layers if isinstance(m, nn.Linear)]
     assert sizes == [(2 * 4 * 4, 8 * 8), (3 * 2 * 2, 2 * 4 * 4), (5 * 2 * 2, 3 * 2 * 2)]
 
 
-@pytest.mark.parametrize("backbone, group, group_size, structure, kind, extents", (
-    ("mnist", "rotation", 4, "group", MNISTBackbone, {4}),
-    ("residual", "rotation", 4, "group", ResidualBackbone, {4}),
-    ("residual", "scale", 3, "group", ResidualBackbone, {1}),
-    ("residual", "rotation", 4, "none", Untied, {1}),
-    ("mnist", "translation", 1, "none", DenseBackbone, set()),
-))
-def test_make_encoder(backbone, group, group_size, structure, kind, extents):
-    """The same shape with and without structure. Filters span all orientations, or one scale."""
-    f = make_encoder(backbone, group, group_size, WIDTHS[backbone], (3, 16), structure=structure)
-    assert type(f) is kind
-    assert {m.extent for m in f.modules() if isinstance(m, GroupConv2d)} == extents
+@pytest.mark.parametrize("backbone", WIDTHS)
+@pytest.mark.parametrize("group, group_size, extent", (
+    ("translation", 1, 1), ("rotation", 4, 4), ("rotation", 4, 1), ("scale", 3, 1)))
+def test_features_and_their_order_in_memory(backbone, group, group_size, extent):
+    """(B, C, G, H, W) lie as (B, H, W, G, C), unless a dense convolution made them. Unless told
+    otherwise, filters span all orientations, or one scale."""
+    f = backbone(group, group_size, WIDTHS[backbone], 3)
+    if extent == 1:
+        f = backbone(group, group_size, WIDTHS[backbone], 3, extent=1)
+    assert {m.extent for m in f.modules() if isinstance(m, GroupConv2d)} == {extent}
     z = f(torch.randn(2, 3, 16, 16))
     assert z.shape == (2, 5, group_size, 4, 4)
-    if structure == "group":
-        # G comes before C in memory, so folding it copies nothing.
-        assert z.transpose(1, 2).flatten(1, 2).data_ptr() == z.data_ptr()
+    if extent == 1:
+        assert z.permute(0, 3, 4, 2, 1).is_contiguous()
 
 
-def test_make_encoder_hands_all_its_arguments_on():
-    options = dict(kernel_size=5, scale_step=1.3, extent=2)
-    f = make_encoder("mnist", "scale", 2, (2, 3, 4), (1, 28), padding="circular", **options)
-    expected = MNISTBackbone("scale", 2, (2, 3, 4), 1, padding_mode="circular", **options)
+def test_the_first_layers_alone_and_vmap():
+    f = MNISTBackbone("rotation", 4, (3, 4, 5)).eval()
+    x = torch.randn(3, 2, 1, 16, 16)
+    assert f.layers[:4](x[0]).shape == (2, 4, 4, 8, 8)
+    torch.testing.assert_close(torch.vmap(f)(x), torch.stack([f(images) for images in x]))
+
+
+def test_weights_bring_their_basis_along():
+    """Into another scale step the same features; into another group they do not fit."""
+    trained = MNISTBackbone("scale", 3, (3, 4, 5))
+    other = MNISTBackbone("scale", 3, (3, 4, 5), scale_step=1.2)
+    x = torch.randn(2, 1, 16, 16)
+    expected = trained(x)
+    assert not torch.allclose(other(x), expected)
+    other.load_state_dict(trained.state_dict())
+    assert torch.equal(other(x), expected)
+    with pytest.raises(RuntimeError, match="basis"):
+        MNISTBackbone("translation", 1, (3, 4, 5)).load_state_dict(trained.state_dict())
+
+
+@pytest.mark.parametrize("widths, backbone", (((2, 3, 4), MNISTBackbone), ((2,) * 4, ResidualBackbone)))
+def test_make_encoder_hands_all_its_settings_on(widths, backbone):
+    settings = dict(group="scale", group_size=3, widths=widths, image_shape=[2, 28], kernel_size=7,
+                    structure="group", scale_step=1.3, extent=2, padding="circular")
+    f = probe.make_encoder(settings)
+    expected = backbone("scale", 3, widths, 2, 7, 1.3, 2, "circular")
     expected.load_state_dict(f.state_dict())
-    x = torch.randn(2, 1, 28, 28)
+    x = torch.randn(2, 2, 28, 28)
     assert torch.equal(f(x), expected(x))
+    assert {m.extent for m in f.modules() if isinstance(m, GroupConv2d)} == {2}
+    assert torch.equal(f.layers[0].basis, steerable_basis("scale", 3, 7, scale_step=1.3))
 
 
 # ---------------------------------------------------------------------------------- what is refused
@@ -264,10 +287,6 @@ BASIS = steerable_basis("rotation", 4, 5)
     (ResidualBackbone, ("rotation", 4, (1, 2, 3, 4), 0), "needs channels"),
     (MNISTBackbone, ("rotation", 4, (0, 2, 3)), "needs channels"),
     (DenseBackbone, (28, (1, 2)), "3 numbers of channels"),
-    (make_encoder, ("dense", "rotation", 4, (1, 2, 3), (1, 28)), "only mnist and residual"),
-    (make_encoder, ("mnist", "rotation", 4, (1, 2, 3), (1, 28), 29), "not below the kernel"),
-    (make_encoder, ("mnist", "rotation", 4, (1, 2, 3), (1, 30)), "multiple of 4"),
-    (make_encoder, ("residual", "translation", 1, (1, 2, 3, 4), (1, 28), 7, "none"), "too large"),
     (MNISTBackbone(), (torch.zeros(1, 1, 30, 28),), "divisible by 4"),
     (MNISTBackbone(), (torch.zeros(1, 1, 28, 30),), "divisible by 4"),
     (MNISTBackbone(padding_mode="circular"), (torch.zeros(1, 1, 8, 8),), "smaller kernel"),
