@@ -46,8 +46,8 @@ def equivariance_error(f, group, x, elements=None, on_base=False):
     errors = []
     for element in elements:
         g = element.to(x.device).expand(len(x), *element.shape)
-        left = f(group.T(g, x)).double()
-        right = group.Γ(g, z).double()
+        left = f(group.T(g, x)).cpu().double()    # not every device has float64
+        right = group.Γ(g, z).cpu().double()
         if on_base:
             left = group.base(left)
             right = group.base(right)
@@ -111,7 +111,8 @@ def readout(view, grid=0):
     """
     check_shape("a view", view, "B", "C", "S", "H", "W")
     if grid > min(view.shape[-2:]):
-        raise ValueError(f"the grid is {grid} cells wide, but the map {min(view.shape[-2:])}")
+        raise ValueError(f"a grid of {grid}x{grid} cells is finer than the map of "
+                         f"{view.shape[-2]}x{view.shape[-1]} positions")
     maps = fold_group(view)
     if grid > 0:
         maps = F.adaptive_avg_pool2d(maps, grid)
@@ -318,17 +319,17 @@ def check_base_size(base_size, length):
 
 
 def check_shape(what, tensor, *axes):
-    """Raise a ValueError unless a tensor has these axes: lengths, or letters for any length, equal
-    where the letters are."""
+    """Raise a ValueError unless a tensor has these axes: a number is a length, and a letter stands
+    for any length, but the same one everywhere."""
     found = type(tensor).__name__
     fits = False
     if torch.is_tensor(tensor):
         found = tuple(tensor.shape)
-        fits = len(found) == len(axes)
-        lengths = {}
-        for axis, length in zip(axes, found):
-            if lengths.setdefault(axis, length) != length or axis not in (length, str(axis)):
-                fits = False
+        length_of = dict(zip(axes, found))
+        for axis in axes:
+            if isinstance(axis, int):
+                length_of[axis] = axis
+        fits = found == tuple(map(length_of.get, axes))
     if not fits:
         raise ValueError(f"{what} must be ({', '.join(map(str, axes))}), but these are {found}")
 

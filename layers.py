@@ -10,7 +10,8 @@ a filter along G, k kernel side.
 
 Features are (B, C, G, H, W), and lie in memory as (B, H, W, G, C). So convolutions and pooling,
 which need maps (B, G·C, H, W), and batch norm, which needs (B, C, H, W·G), copy nothing: both are
-views whose channels come last, as CPUs and GPUs have them fastest.
+views whose channels come last. Only a convolution that mixes the group axis (rotation) is faster on
+contiguous maps, which it makes and returns.
 """
 import math
 
@@ -254,7 +255,11 @@ class OnFibers(nn.Sequential):
 
 class Backbone(nn.Module):
     """(B, in_channels, H, W) -> (B, widths[-1], G, H/4, W/4), by self.layers. Raises a ValueError
-    for other axes, and for sides that are not multiples of 4."""
+    for other axes, and for sides that are not multiples of 4.
+
+    torch.compile takes it, but not with dynamic=True, for which torch 2.14.1 fails on maps of
+    unknown sides whose channels come last.
+    """
     stride = 4
 
     def forward(self, x):

@@ -26,17 +26,17 @@ TOLERANCE = 1e-10
 SHIFTS = dict(group="translation", padding_mode="circular")
 TURNS = dict(group="rotation", group_size=4)
 # Every exact group: the backbone, its arguments, and the group that moves its features.
-EXACT = {
-    "shifts": (MNISTBackbone, SHIFTS, Translation(5, 3, 4, circular=True)),
-    "turns": (MNISTBackbone, TURNS, Rotation(4)),
-    "turns, extent 1": (MNISTBackbone, TURNS | dict(extent=1), Rotation(4)),
-    "turns, extent 3, base 2": (MNISTBackbone, TURNS | dict(extent=3), Rotation(4, 2)),
-    "turns, circular": (MNISTBackbone, TURNS | dict(padding_mode="circular"), Rotation(4, 4)),
-    "residual, shifts": (ResidualBackbone, SHIFTS, Translation(5, 3, 4, circular=True)),
-    "residual, turns": (ResidualBackbone, TURNS, Rotation(4)),
-    "residual, turns, extent 1": (ResidualBackbone, TURNS | dict(extent=1), Rotation(4)),
-}
-exact = pytest.mark.parametrize("backbone, options, group", EXACT.values(), ids=EXACT)
+EXACT = (
+    (MNISTBackbone, SHIFTS, Translation(5, 3, 4, circular=True)),
+    (MNISTBackbone, TURNS, Rotation(4)),
+    (MNISTBackbone, TURNS | dict(extent=1), Rotation(4)),
+    (MNISTBackbone, TURNS | dict(extent=3), Rotation(4, 2)),
+    (MNISTBackbone, TURNS | dict(padding_mode="circular"), Rotation(4, 4)),
+    (ResidualBackbone, SHIFTS, Translation(5, 3, 4, circular=True)),
+    (ResidualBackbone, TURNS, Rotation(4)),
+    (ResidualBackbone, TURNS | dict(extent=1), Rotation(4)),
+)
+exact = pytest.mark.parametrize("backbone, options, group", EXACT)
 
 
 @pytest.fixture
@@ -85,14 +85,13 @@ def assert_same_loss_and_gradients(f, h, I, group, x, g1, g2):
     parameters = [*f.parameters(), *h.parameters()]
     loss_a = a_ssl_loss(f, h, I, group, x, g1, g2)
     loss_h = h_ssl_loss(f, h, I, group, x, g1, g2)
-    pair = f"{g1.tolist()}, {g2.tolist()}"
-    assert abs(loss_a - loss_h) < TOLERANCE * abs(loss_a), pair
+    assert abs(loss_a - loss_h) < TOLERANCE * abs(loss_a)
     gradients_a = torch.autograd.grad(loss_a, parameters)
     gradients_h = torch.autograd.grad(loss_h, parameters)
     whole = torch.cat([gradient.flatten() for gradient in gradients_a]).norm()
     assert whole > 0
     for a, b in zip(gradients_a, gradients_h):
-        assert (a - b).norm() < TOLERANCE * whole, pair
+        assert (a - b).norm() < TOLERANCE * whole
 
 
 # ------------------------------------------------------------------------------------- exact groups
@@ -102,8 +101,7 @@ def test_equivariance_for_every_element(backbone, options, group):
     """f(T_g x) = Γ_g f(x), Eq. (1)."""
     errors = equivariance_error(make(backbone, options), group, images())
     assert len(errors) == len(group.elements)
-    worst = errors.argmax()
-    assert errors[worst] < TOLERANCE, f"{errors[worst]:.1e} for g = {group.elements[worst]}"
+    assert errors.max() < TOLERANCE, errors
 
 
 @exact
@@ -162,22 +160,25 @@ def ordinary(group_size, kernel_size=5):
     )
 
 
-@pytest.mark.parametrize("kind, group, group_size", (
-    ("ordinary", Rotation(4), 4),
-    ("untied", Rotation(4), 4),
-    ("untied", Scale(3, 1.41), 3),
-    ("dense", Translation(5, 3, 4, circular=True), 1),
+def untied(group_size):
+    widths = [group_size * width for width in WIDTHS]
+    return Untied(MNISTBackbone(widths=widths, kernel_size=5), group_size)
+
+
+def dense(group_size):
+    return DenseBackbone(SIDE, WIDTHS)
+
+
+@pytest.mark.parametrize("make_network, group, group_size", (
+    (ordinary, Rotation(4), 4),
+    (untied, Rotation(4), 4),
+    (untied, Scale(3, 1.41), 3),
+    (dense, Translation(5, 3, 4, circular=True), 1),
 ))
-def test_without_structure_it_fails(kind, group, group_size):
+def test_without_structure_it_fails(make_network, group, group_size):
     """The features have the lifted network's shape, but for no g but the identity does Eq. (1)
     hold, and L_A is not L_H."""
-    if kind == "ordinary":
-        f = ordinary(group_size)
-    elif kind == "untied":
-        widths = [group_size * width for width in WIDTHS]
-        f = Untied(MNISTBackbone(widths=widths, kernel_size=5), group_size)
-    else:
-        f = DenseBackbone(SIDE, WIDTHS)
+    f = make_network(group_size)
     randomise(f)
     x = images()
     assert f(x).shape == (BATCH, WIDTHS[2], group_size, 5, 5)
@@ -191,30 +192,22 @@ def test_without_structure_it_fails(kind, group, group_size):
     assert abs(loss_a - loss_h) > 1e-3 * loss_a
 
 
-@pytest.mark.parametrize("order", ("C, G", "G, C"))
-def test_the_order_of_an_encoder_s_channels(order):
-    """Maps that somebody else's C4 network flattened: Eq. (1) shows which axis came first."""
+def test_the_order_of_an_encoder_s_channels():
+    """Eq. (1) shows which axis comes first in the maps of somebody else's C4 network."""
     group = Rotation(4)
-    x = images()
     filters = torch.randn(5, 1, 3, 3)
-    turned = torch.stack([filters.rot90(k, (2, 3)) for k in range(4)])
-    if order == "C, G":
-        turned = turned.transpose(0, 1)
+    turned = torch.cat([filters.rot90(k, (2, 3)) for k in range(4)])
 
-    def maps(x):
-        return nn.functional.conv2d(x, turned.flatten(0, 1), padding=1).relu()
+    def maps(x):    # (B, G·C, H, W)
+        return nn.functional.conv2d(x, turned, padding=1).relu()
 
-    def channels_first(x):
-        return maps(x).unflatten(1, (-1, 4))
-
-    def group_first(x):
+    def right(x):
         return maps(x).unflatten(1, (4, -1)).transpose(1, 2)
 
-    right = channels_first
-    wrong = group_first
-    if order == "G, C":
-        right = group_first
-        wrong = channels_first
+    def wrong(x):
+        return maps(x).unflatten(1, (-1, 4))
+
+    x = images()
     assert equivariance_error(right, group, x).max() < 1e-6
     assert equivariance_error(wrong, group, x, group.elements[1:]).min() > 0.5
 
@@ -225,18 +218,14 @@ def test_equivariance_error_by_hand(on_base):
     group = Rotation(4, 2)
     f = ordinary(4).eval()
     x = images()
-    errors = equivariance_error(f, group, x, on_base=on_base)
-    z = f(x)
-    for k in range(4):
+    g = torch.tensor([3, 1])
+    for k, error in zip(g, equivariance_error(f, group, x, g, on_base)):
         left = f(x.rot90(k, (2, 3)))
-        right = z.roll(k, 2).rot90(k, (3, 4))
+        right = f(x).roll(k.item(), 2).rot90(k, (3, 4))
         if on_base:
             left = left[:, :, :2]
             right = right[:, :, :2]
-        expected = (left - right).square().sum().sqrt() / right.square().sum().sqrt()
-        torch.testing.assert_close(errors[k], expected)
-    two = equivariance_error(f, group, x, group.elements[[3, 1]], on_base)
-    assert torch.equal(two, errors[[3, 1]])
+        torch.testing.assert_close(error, (left - right).norm() / right.norm())
 
 
 # ------------------------------------------------------------------------------- approximate groups
@@ -273,31 +262,27 @@ def mean_error(make_network, group, elements, side):
     return torch.cat(errors).mean().item()
 
 
-APPROXIMATE = {
-    "45 degrees": (dict(group="rotation", group_size=8), Rotation(8), [1, 3, 5, 7]),
-    "scale": (dict(group="scale", group_size=3), Scale(3, 1.41), [-1, 1]),
-}
-
-
-@pytest.mark.parametrize("options, group, elements", APPROXIMATE.values(), ids=APPROXIMATE)
-def test_approximate_groups(options, group, elements):
+@pytest.mark.parametrize("name, group, elements", (
+    ("rotation", Rotation(8), [1, 3, 5, 7]),    # odd multiples of 45 degrees
+    ("scale", Scale(3, 1.41), [-1, 1]),
+))
+def test_approximate_groups(name, group, elements):
     """The error is below half of an ordinary network's at 56 pixels, and shrinks each time the
     resolution doubles.
 
     Circular padding meets the empty background without an edge, so that only sampling is measured.
     """
     elements = torch.tensor(elements)
+    size = len(group.elements)
 
     def steerable():
-        return MNISTBackbone(widths=WIDTHS, padding_mode="circular", **options)
+        return MNISTBackbone(name, size, WIDTHS, padding_mode="circular")
 
     def without_structure():
-        return ordinary(options["group_size"], kernel_size=7)
+        return ordinary(size, kernel_size=7)
 
     coarse, middle, fine = [mean_error(steerable, group, elements, side) for side in (28, 56, 112)]
     other = mean_error(without_structure, group, elements, 56)
-    message = f"error {coarse:.2f}, {middle:.2f}, {fine:.2f}; ordinary network {other:.2f}"
-    print(message)
-    assert middle < 0.5 * other, message
-    assert middle < 0.9 * coarse, message
-    assert fine < 0.9 * middle, message
+    assert middle < 0.5 * other
+    assert middle < 0.9 * coarse
+    assert fine < 0.9 * middle

@@ -37,7 +37,7 @@ from losses import nt_xent
 # paper's for MNIST where it states them.
 RESIDUAL = dict(epochs=1300, widths=[16, 128, 256, 512], grid=4, probe_grid=1)
 DATASETS = {
-    "glyphs": dict(epochs=8, batch_size=256, warmup_epochs=1, temperature=0.5,
+    "glyphs": dict(epochs=8, batch_size=256, warmup_epochs=1.0, temperature=0.5,
                    trust_coefficient=0.03, widths=[16, 32, 64], kernel_size=3, base_space=5,
                    grid=2),
     "mnist": dict(epochs=500),
@@ -56,7 +56,7 @@ FREE = "resume out data_dir cache_dir device save_every log_every eval_every".sp
 
 
 class Number:
-    """A type for argparse: an integer or a float, as least is, that is at least so large."""
+    """A type for argparse: an integer or a float, as least is, from least on."""
 
     def __init__(self, least):
         self.least = least
@@ -68,7 +68,7 @@ class Number:
             value = math.nan
         if not self.least <= value < 2**63:
             kind = "an integer" if isinstance(self.least, int) else "a number"
-            raise argparse.ArgumentTypeError(f"{text} is not {kind} of at least {self.least}")
+            raise argparse.ArgumentTypeError(f"{text} is not {kind} from {self.least} to 2**63")
         return value
 
 
@@ -146,7 +146,7 @@ def parse(argv=None):
         args.amp = "float16" if args.device == "cuda" else "off"
     if args.device == "cpu" and args.amp == "float16":
         parser.error("--amp float16 is for GPUs: on a CPU take bfloat16, or off, which is faster")
-    if args.out is None:
+    if not args.out:
         args.out = f"runs/{args.dataset}-{args.method}-{args.group}-{args.seed}"
     args.out = os.path.expanduser(args.out)
     return args
@@ -318,7 +318,7 @@ def find_checkpoint(args):
     if "checkpoint.pt" not in found:
         return None
     checkpoint = probe.read_checkpoint(out / "checkpoint.pt")
-    if "objective" not in checkpoint:
+    if not {"objective", "settings"} <= checkpoint.keys():
         raise ValueError(f"{out} holds an encoder, but no training to continue: take another --out")
     for name, value in vars(args).items():
         before = checkpoint["settings"].get(name)
@@ -328,14 +328,15 @@ def find_checkpoint(args):
     return checkpoint
 
 
-def write_config(args, world, step):
-    """Write config.json: the settings, and with what the run was started, or resumed at a step."""
+def write_config(args, world, resumed_at):
+    """Write config.json: the settings, and with what the run was started, or resumed at a step
+    (else None)."""
     path = Path(args.out, "config.json")
     about = dict(torch=torch.__version__, processes=world)
     config = vars(args) | about
-    if step > 0 and path.exists():
+    if resumed_at is not None and path.exists():
         config = json.loads(path.read_text())
-        config.setdefault("resumed", []).append(dict(step=step) | about)
+        config.setdefault("resumed", []).append(dict(step=resumed_at) | about)
     probe.write_whole(path, json.dumps(config).encode())
 
 
@@ -362,7 +363,9 @@ def check_data(args, data, world=1):
     """Add to the settings what follows from the images. Raises a ValueError where they do not fit
     each other."""
     count = len(data.train_images)
-    if args.batch_size > count and args.method != "frozen":
+    if args.method == "frozen":
+        args.epochs = 0
+    if args.batch_size > count and args.epochs > 0:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {count} training images")
     if args.batch_size % world or args.batch_size < 2 * world:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared by {world} processes: "
@@ -376,10 +379,13 @@ def check_data(args, data, world=1):
 
 
 def save(args, states, progress):
-    """Write checkpoint.pt. Raises Diverged if a weight is not finite."""
+    """Write checkpoint.pt, in the first process. Raises Diverged if a weight is not finite."""
     for parameter in states["objective"].parameters():
         if not parameter.isfinite().all():
             raise Diverged(f"the weights are not finite after step {progress['step']}")
+    rank, _ = rank_and_world()
+    if rank > 0:
+        return
     checkpoint = dict(settings=vars(args), **progress)
     for name, owner in states.items():
         checkpoint[name] = owner.state_dict()
@@ -396,13 +402,15 @@ def resume(args, states, patient):
         dist.broadcast_object_list(found, group=patient)
     progress = dict(step=0, epoch=0, skipped=0, frozen=None)
     checkpoint = found[0]
+    resumed_at = None
     if checkpoint is not None:
+        resumed_at = checkpoint["step"]
         for name, owner in states.items():
             owner.load_state_dict(checkpoint[name])
         for name in progress:
             progress[name] = checkpoint[name]
     if rank == 0:
-        write_config(args, world, progress["step"])
+        write_config(args, world, resumed_at)
     return progress
 
 
@@ -421,6 +429,7 @@ def fit(args, data, model, pairs, plain_encoder, states, progress, patient):
     total = args.epochs * steps
     optimizer = states["optimizer"]
     scaler = states["scaler"]
+    scale = scaler.get_scale()
     step = progress["step"]
     if rank == 0:
         log = open_log(args.out, step)
@@ -444,10 +453,11 @@ def fit(args, data, model, pairs, plain_encoder, states, progress, patient):
                 loss = model(x, *inputs)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            scale = scaler.get_scale()
             scaler.step(optimizer)    # leaves the step out where float16 overflows,
             scaler.update()    # and lowers the scale
-            if scaler.get_scale() < scale:
+            last_scale = scale
+            scale = scaler.get_scale()
+            if scale < last_scale:
                 progress["skipped"] += 1
             step += 1
 
@@ -458,7 +468,7 @@ def fit(args, data, model, pairs, plain_encoder, states, progress, patient):
                             skipped=progress["skipped"], images_per_second=round(rate, 1))
                 if not math.isfinite(line["loss"]):
                     raise Diverged(f"the loss is {line['loss']} at step {step}")
-                if scaler.get_scale() < 2**-60 or progress["skipped"] == total:
+                if scale < 2**-60 or progress["skipped"] == total:
                     raise Diverged(f"float16 overflowed in {progress['skipped']} of {step} steps")
                 if rank == 0:
                     if last and args.eval_every and (epoch + 1) % args.eval_every == 0:
@@ -471,7 +481,7 @@ def fit(args, data, model, pairs, plain_encoder, states, progress, patient):
         progress.update(step=step, epoch=epoch + 1)
         print(f"epoch {epoch + 1}/{args.epochs}  loss {line['loss']:.4f}  lr {lr:.4g}  "
               f"{rate:,.0f} images/s", flush=True)
-        if rank == 0 and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
+        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             save(args, states, progress)
 
 
@@ -503,14 +513,13 @@ def train(args):
                 progress["frozen"]["held_out"] = looked
             print("frozen encoder:", probe.in_words(progress["frozen"]), flush=True)
         wait(patient)
-        if args.method != "frozen":
-            model = synchronise_batch_norm(objective, device)
-            if dist.is_initialized():
-                model = DistributedDataParallel(model)
-            fit(args, data, model, pairs.to(device), plain_encoder, states, progress, patient)
+        model = synchronise_batch_norm(objective, device)
+        if dist.is_initialized():
+            model = DistributedDataParallel(model)
+        fit(args, data, model, pairs.to(device), plain_encoder, states, progress, patient)
         if rank == 0:
             result = progress["frozen"]
-            if args.method != "frozen":
+            if args.epochs > 0:
                 result = measure(objective.encoder, plain_encoder, data, args)
                 print("trained encoder:", probe.in_words(result))
             # Its batch norm now has the statistics of all training images.
@@ -532,11 +541,12 @@ def main(args):
     try:
         train(args)
     except Diverged as error:
-        end(f"{error}; the last checkpoint is kept: try a lower --lr, or --amp bfloat16", 1)
+        end(f"{error}, what was saved before stays: try a lower --lr, or --amp bfloat16", 1)
     except (ValueError, OSError, OverflowError) as error:
         end(error, 2)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+        text = str(error).lower()
+        if not isinstance(error, MemoryError) and "alloc" not in text and "out of memory" not in text:
             raise
         end("out of memory: take a smaller --batch-size", 2)
 

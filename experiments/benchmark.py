@@ -1,171 +1,283 @@
-"""Time a training step of A-SSL beside one of H-SSL, and compare their memory.
+"""Measure this code beside another revision of it, and A-SSL's training step beside H-SSL's.
 
-    python experiments/benchmark.py [--device cpu] [--batch-size 64] [--results FOLDER]
+    python experiments/benchmark.py [--against REVISION] [--rows step a-ssl ...] [--results FOLDER]
 
-Networks are MNIST's, in their full width and for all three groups, and images are random. The two
-sides of a row take turns in one process. Prints one Markdown table.
+    step        an H-SSL step, for three groups: the revision's over today's
+    a-ssl       A-SSL's step over H-SSL's, today
+    evaluate    probe.evaluate on glyphs: today's over the revision's
+    command     `python train.py`, from its start to its end: today's over the revision's
+    memory      peak memory of an H-SSL step by scale, batch 4096: today's over the revision's
+    error       error of its float32 gradient beside float64: today's over the revision's
+
+Today's code is the working tree's; the revision is any name that git has for a commit. Steps are
+those of MNIST's network in its full width, on random images. The sides of a row take turns.
 """
 import argparse
-import os
+import importlib.util
+import operator
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector
 from torch.profiler import ProfilerActivity, profile
 
 import report
 import tables
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import probe    # noqa: E402
-import train    # noqa: E402
 from lars import LARS    # noqa: E402
 
-
-def now(device):
-    """The time in seconds, once the GPU is done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+ROWS = ("step", "a-ssl", "evaluate", "command", "memory", "error")
 
 
-def seconds(function, device):
-    start = now(device)
-    function()
-    return now(device) - start
+def run(*command, folder):
+    """What a program prints that is started in a folder. Raises a ValueError if it fails."""
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if finished.returncode != 0:
+        raise ValueError(f"{command} failed: {finished.stderr.strip()[-300:]!r}")
+    return finished.stdout
 
 
-def start_of(event):
-    """An event's time, to sort by."""
-    return event.start_ns()
+def check_out(revision, folder):
+    archive = f"{folder}/revision.zip"
+    run("git", "archive", f"--output={archive}", revision, folder=ROOT)
+    shutil.unpack_archive(archive, folder)
 
 
-def peak_memory(function, device):
-    """The most bytes that one call's tensors hold beyond what was held before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    held = 0
-    peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=start_of):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-def compare(title, function, reference, args):
-    """Time two functions in alternating order: a record for the table and the file."""
-    for side in (function, reference):
-        side()    # by the second call all is allocated, and the GPU's kernels are chosen
-    times = []
-    reference_times = []
-    for _ in range(args.repeats):
-        times.append(seconds(function, args.device))
-        reference_times.append(seconds(reference, args.device))
-    return dict(
-        title=title,
-        seconds=times,
-        reference_seconds=reference_times,
-        memory=peak_memory(function, args.device),
-        reference_memory=peak_memory(reference, args.device),
-    )
+def load(folder, name):
+    """A module of a folder, imported under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"measured_{name}", f"{folder}/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Step:
-    """A training step as train.py takes it, on one batch that is in place."""
+    """A training step as train.py takes it for MNIST, by a folder's code and a loss of its hssl.py,
+    on one batch that is in place."""
 
-    def __init__(self, args, method, group_name, amp):
-        settings = train.parse([
-            "--dataset", "mnist", "--method", method, "--group", group_name, "--amp", amp])
-        settings.image_shape = [1, 28]
-        objective, pairs = train.make_objective(settings, classes=10)
-        self.objective = objective.to(args.device)
-        self.device = args.device
-        self.amp = amp
-        self.optimizer = LARS(objective.parameters(), 0.1)
-        self.scaler = torch.amp.GradScaler(args.device, enabled=amp == "float16")
-        drawn = pairs[torch.randint(len(pairs), (args.batch_size,))]
-        g1, g2 = drawn.to(args.device).unbind(1)
-        x = torch.rand(args.batch_size, 1, 28, 28, device=args.device)
-        self.inputs = (x, g1, g2)
+    def __init__(self, folder, loss, group_name, batch_size, device, amp="off"):
+        hssl = load(folder, "hssl")
+        groups = {
+            "translation": (1, hssl.Translation(7, 4, 4)),
+            "rotation": (4, hssl.Rotation(4)),
+            "scale": (3, hssl.Scale(3, 1.41)),
+        }
+        group_size, group = groups[group_name]
+        torch.manual_seed(0)    # Weights are equal where both sides draw them in the same order.
+        x = torch.rand(batch_size, 1, 28, 28)
+        pairs = hssl.allowed_pairs(group)
+        chosen = pairs[torch.randint(len(pairs), (batch_size,))]    # (B, 2)
+        g1, g2 = group.elements[chosen].to(device).unbind(1)
+        encoder = load(folder, "layers").MNISTBackbone(group_name, group_size)
+        with torch.no_grad():
+            view = group.base(encoder(x[:1]))
+        head = hssl.ProjectionHead(view.numel(), 512, 128)
+        self.networks = nn.ModuleList([encoder, head]).to(device)
+        self.loss = getattr(hssl, loss)
+        self.fixed = (load(folder, "losses").nt_xent, group)
+        self.inputs = [x.to(device), g1, g2]
+        self.precision = (device, amp)
+        # With this rate the weights stay, and all steps are the same.
+        self.optimizer = LARS(self.networks.parameters(), lr=0.0)
+        self.scaler = torch.amp.GradScaler(device, enabled=amp == "float16")
 
     def __call__(self):
-        with probe.precision(self.device, self.amp):
-            loss = self.objective(*self.inputs)
+        with probe.precision(*self.precision):
+            loss = self.loss(*self.networks, *self.fixed, *self.inputs)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
 
-def compare_steps(args):
-    """A-SSL's training step over H-SSL's, by group and precision: records of `compare`."""
+def step_seconds(step, device):
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(step, device):
+    """The most bytes that one step's tensors hold beyond what was held before."""
+    step()    # By the second call the GPU's kernels are chosen.
+    step.optimizer.zero_grad()    # The profiler does not see that older tensors are freed.
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    held = 0
+    peak = 0
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted(events, key=operator.methodcaller("start_ns")):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def gradient_error(step, device):
+    """The error of a step's float32 gradient beside the float64 one, as a part of its norm."""
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        step.networks.to(dtype)
+        step.inputs[0] = step.inputs[0].to(dtype)
+        step()
+        gradients.append(parameters_to_vector(w.grad for w in step.networks.parameters()))
+    found, exact = gradients
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+EVALUATE = """
+import sys, time, torch
+import data, layers, probe
+torch.manual_seed(0)
+encoder = layers.MNISTBackbone(widths=(16, 32, 64), kernel_size=3).to(sys.argv[1])
+glyphs = data.load("glyphs", device=sys.argv[1])
+start = time.perf_counter()
+probe.evaluate(encoder, glyphs, update_statistics=True)
+print(time.perf_counter() - start)
+"""
+
+
+def evaluate_seconds(folder, device):
+    """The time of probe.evaluate, both readouts, for a random encoder."""
+    return float(run(sys.executable, "-c", EVALUATE, device, folder=folder))
+
+
+def command_seconds(folder, device):
+    with tempfile.TemporaryDirectory() as empty:
+        start = time.perf_counter()
+        run(sys.executable, f"{folder}/train.py", "--device", device, folder=empty)
+        return time.perf_counter() - start
+
+
+def compare(title, seconds, side, reference, args):
+    """Take the times of two sides in turn: a record for the table and the file."""
+    record = dict(title=title, seconds=[], reference_seconds=[])
+    for _ in range(args.repeats):
+        record["seconds"].append(seconds(side, args.device))
+        record["reference_seconds"].append(seconds(reference, args.device))
+    return record
+
+
+def compare_steps(title, side, reference, args):
+    """Records of time and memory. A side is a folder and the name of a loss."""
     for group in ("translation", "rotation", "scale"):
         for amp in args.amp:
-            a_ssl = Step(args, "a-ssl", group, amp)
-            h_ssl = Step(args, "h-ssl", group, amp)
-            title = f"A-SSL / H-SSL, {group}, {amp.replace('off', 'float32')}"
-            yield compare(title, a_ssl, h_ssl, args)
+            settings = (group, args.batch_size or 64, args.device, amp)
+            steps = [Step(*side, *settings), Step(*reference, *settings)]
+            memory = [peak_memory(step, args.device) for step in steps]
+            words = f"{title}, {group}, {amp.replace('off', 'float32')}"
+            record = compare(words, step_seconds, *steps, args)
+            yield record | dict(memory=memory[0], reference_memory=memory[1])
+
+
+def compare_large(quantity, measure, group, args):
+    """The record of a memory or an error at the paper's batch."""
+    record = dict(title=f"{quantity} of a large step, {group}, now / {args.against}")
+    for name, folder in ((quantity, ROOT), (f"reference_{quantity}", args.folder)):
+        step = Step(folder, "h_ssl_loss", group, args.batch_size or 4096, args.device)
+        record[name] = measure(step, args.device)
+    return record
+
+
+def records_of(row, args):
+    """The records of one of ROWS."""
+    ours = (ROOT, "h_ssl_loss")
+    versus = f"now / {args.against}"
+    if row == "step":
+        theirs = (args.folder, "h_ssl_loss")
+        yield from compare_steps(f"H-SSL, {args.against} / now", theirs, ours, args)
+    if row == "a-ssl":
+        yield from compare_steps("A-SSL / H-SSL", (ROOT, "a_ssl_loss"), ours, args)
+    if row == "evaluate":
+        yield compare(f"probe.evaluate, {versus}", evaluate_seconds, ROOT, args.folder, args)
+    if row == "command":
+        yield compare(f"train.py, {versus}", command_seconds, ROOT, args.folder, args)
+    if row == "memory":
+        yield compare_large(row, peak_memory, "scale", args)
+    if row == "error":
+        yield compare_large(row, gradient_error, "translation", args)
+        yield compare_large(row, gradient_error, "scale", args)
 
 
 def table_line(record):
-    reference = statistics.median(record["reference_seconds"])
-    ratio = statistics.median(record["seconds"]) / reference
-    cells = [record["title"], f"{ratio:.2f}", f"{1000 * reference:,.1f}"]
-    bytes_held = record["reference_memory"]
-    cells += [f"{record['memory'] / bytes_held:.2f}", f"{bytes_held / 1e6:,.1f}"]
+    """A record's line of the table: ratios of medians, of minima, and of memory or error."""
+    cells = [record["title"], "", "", "", "", ""]
+    if "seconds" in record:
+        times = record["seconds"]
+        references = record["reference_seconds"]
+        median = statistics.median(references)
+        cells[1] = f"{statistics.median(times) / median:.2f}"
+        cells[2] = f"{min(times) / min(references):.2f}"
+        cells[3] = f"{1000 * median:,.1f}"
+    for name in ("memory", "error"):
+        if name in record:
+            reference = record[f"reference_{name}"]
+            cells[4] = f"{record[name] / reference:.2f}"
+            cells[5] = f"{reference:.3g}"
     return report.line(*cells)
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="benchmark.py [--against REVISION] [--rows ROW ...] [--help] ...")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default=device, help="(cuda if there is a GPU)")
-    add("--batch-size", type=int, help="images a step (cuda: 4096, cpu: 64)")
-    add("--amp", nargs="+", choices=("off", "bfloat16", "float16"),
-        help="(cuda: float16, cpu: off bfloat16)")
-    add("--repeats", type=int, default=3, help="times of each side (3)")
+    add("--against", metavar="REVISION", help="what to compare with (none)")
+    add("--rows", nargs="+", choices=ROWS, help="(all; without --against a-ssl)")
+    add("--device", choices=("cpu", device), default=device, help="(cuda if there is a GPU)")
+    add("--batch-size", type=int, help="images a step (step and a-ssl: 64, the others: 4096)")
+    add("--repeats", type=int, default=5, help="times of each side (5)")
     add("--results", metavar="FOLDER", help="folder of the JSON file to write (none)")
     args = parser.parse_args(argv)
-    if args.device != device == "cpu":
-        parser.error("PyTorch sees no GPU: take --device cpu")
-    if args.batch_size is None:
-        args.batch_size = 4096 if args.device == "cuda" else 64
-    if args.amp is None:
-        args.amp = ["float16"] if args.device == "cuda" else ["off", "bfloat16"]
+    if args.rows is None:
+        args.rows = ROWS if args.against else ["a-ssl"]
+    if args.against is None and set(args.rows) != {"a-ssl"}:
+        parser.error("without --against REVISION there is only --rows a-ssl")
+    args.amp = ["float16"] if args.device == "cuda" else ["off", "bfloat16"]
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")    # the profiler looks for GPUs, and says so
     # Shapes stay, so a search is worth it; and float32 means float32.
     torch.backends.cudnn.benchmark = True
     torch.backends.fp32_precision = "ieee"
-    titles = ["compared", "ratio of times", "reference, ms", "ratio of peak memory",
-              "reference, MB"]
-    print("\n".join(report.heading(*titles)))
+    titles = ("compared", "median times", "minimum times", "reference, ms", "memory or error",
+              "reference, bytes or 1")
     records = []
-    for record in compare_steps(args):
-        print(table_line(record), flush=True)
-        records.append(record)
+    with tempfile.TemporaryDirectory() as args.folder:
+        if args.against is not None:
+            check_out(args.against, args.folder)
+        print("\n".join(report.heading(*titles)))
+        for row in args.rows:
+            for record in records_of(row, args):
+                print(table_line(record), flush=True)
+                records.append(record)
     if args.results is not None:
         commit, dirty = tables.commit()
-        content = dict(device=args.device, machine=tables.machine(args.device),
-                       torch=torch.__version__, commit=commit, dirty=dirty,
-                       batch_size=args.batch_size, repeats=args.repeats, records=records)
-        tables.write_json(args.results, f"benchmark-{args.device}", content)
+        about = dict(device=args.device, machine=tables.machine(args.device),
+                     torch=torch.__version__, commit=commit, dirty=dirty, against=args.against,
+                     batch_size=args.batch_size, repeats=args.repeats)
+        tables.write_json(args.results, f"benchmark-{args.device}", about | dict(records=records))
 
 
 if __name__ == "__main__":

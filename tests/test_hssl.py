@@ -14,13 +14,12 @@ from losses import nt_xent
 pytestmark = pytest.mark.usefixtures("float64")
 
 # Each group, and features that it moves.
-GROUPS = {
-    "window, three scales": (Translation(7, 4, 4), (2, 3, 7, 7)),
-    "circular window": (Translation(7, 3, 4, circular=True), (2, 1, 7, 7)),
-    "eighths of a turn": (Rotation(8, 3), (2, 8, 7, 7)),
-    "scale, two of four": (Scale(4, 1.41, 2), (2, 4, 6, 7)),
-}
-groups = pytest.mark.parametrize("group, shape", GROUPS.values(), ids=GROUPS)
+groups = pytest.mark.parametrize("group, shape", (
+    (Translation(7, 4, 4), (2, 3, 7, 7)),
+    (Translation(7, 3, 4, circular=True), (2, 1, 7, 7)),
+    (Rotation(8, 3), (2, 8, 7, 7)),
+    (Scale(4, 1.41, 2), (2, 4, 6, 7)),
+))
 
 
 # ------------------------------------------------------------------------------------- what they do
@@ -84,21 +83,8 @@ def test_beyond_the_border(group, element):
         features = features[:, :, :3]
     torch.testing.assert_close(group.Γ(g, features)[:, :, 0], image)
     assert group.T(g, image)[0, 0, 0, 0] < 0.5
-
-
-def test_scale_beyond_the_axis_is_zero():
-    """Γ_g moves scale s to s + g."""
-    z = torch.rand(1, 2, 3, 4, 4) + 1
-    moved = Scale(3, 1.41).Γ(torch.tensor([1]), z)
-    assert (moved[:, :, 0] == 0).all() and (moved[:, :, 1:] > 0).all()
-
-
-def test_distances():
-    """On the circle, the larger coordinate, and the difference of exponents."""
-    assert Rotation(8).distance(torch.tensor(1), torch.tensor(7)) == 2
-    circular = Translation(7, 4, 4, circular=True)
-    assert circular.distance(torch.tensor([0, 0]), torch.tensor([6, 3])) == 3
-    assert Scale(4, 1.41).distance(torch.tensor(-2), torch.tensor(1)) == 3
+    if isinstance(group, Scale):    # whose axis ends
+        assert not group.Γ(g, features)[:, :, 2].any()
 
 
 @pytest.mark.parametrize("group, largest, count", (
@@ -116,6 +102,16 @@ def test_pairs(group, largest, count):
     assert distance.min() == 1 and distance.max() <= (largest or 3)
 
 
+@pytest.mark.parametrize("group, g1, g2, expected", (
+    (Rotation(8), 1, 7, 2),
+    (Translation(7, 4, 4), [0, 0], [2, -3], 3),
+    (Translation(7, 4, 4, circular=True), [0, 0], [6, 3], 3),
+    (Scale(4, 1.41), -2, 1, 3),
+))
+def test_distances(group, g1, g2, expected):
+    assert group.distance(torch.tensor(g1), torch.tensor(g2)) == expected
+
+
 def test_readout_keeps_the_layout():
     """Group elements first, then channels, rows and columns."""
     view = torch.randn(2, 3, 2, 4, 4)
@@ -126,7 +122,7 @@ def test_readout_keeps_the_layout():
     assert ProjectionHead(24, 16, 8, grid=2)(view).shape == (2, 8)
 
 
-# ----------------------------------------------------------------------- where else they are to work
+# --------------------------------------------------------------------- where else they are to work
 
 @groups
 def test_an_empty_batch(group, shape):
@@ -185,15 +181,14 @@ def test_torch_func_and_compile(group, shape):
 @pytest.mark.parametrize("call, arguments, message", (
     (Translation, (7, 8, 4), "1 to 7"),
     (Translation, (7, 4, 0), "stride"),
-    (Rotation, (4, 5), "1 to 4"),
     (Rotation, (4, 0), "1 to 4"),
     (Scale, (3, 1.41, 4), "1 to 3"),
     (Scale, (3, 1), "above 1"),
-    (Scale, (3, math.nan), "above 1"),
     (Scale, (3, math.inf), "finite"),
     (allowed_pairs, (Translation(7, 7, 4),), "make a pair"),
     (allowed_pairs, (Translation(7, 4, 4), 0), "make a pair"),
     (readout, (torch.zeros(2, 3, 4, 4), 2), "a view must be"),
+    (Rotation(3).Γ, (torch.tensor([1]), torch.zeros(1, 1, 3, 6, 7)), "features must be"),
     (readout, (torch.zeros(2, 3, 1, 4, 5), 5), "grid is 5 .* the map 4"),
     (Rotation(8).T, (torch.tensor([1]), torch.zeros(1, 1, 8, 8).byte()), "floating-point"),
 ))
@@ -203,29 +198,26 @@ def test_arguments_that_do_not_fit(call, arguments, message):
 
 
 @groups
-@pytest.mark.parametrize("act", ("view", "Γ", "T"))
-def test_elements_that_do_not_fit(act, group, shape):
+def test_elements_that_do_not_fit(group, shape):
     """As many as images, in one shape, int64, since 4 · 100 is -112 in int8; and of the group."""
-    inputs = torch.randn(2, *shape)
-    if act == "T":
-        inputs = torch.randn(2, 1, 28, 28)
-    call = getattr(group, act)
+    z = torch.randn(2, *shape)
+    x = torch.randn(2, 1, 28, 28)
     good = group.elements[:2]
-    for wrong in (good[:1], good[0], good[..., None], good.double(), good.to(torch.int8)):
-        with pytest.raises(ValueError, match="integers"):
-            call(wrong, inputs)
-    if isinstance(group, Rotation) or group.elements.min() == 0:
-        call(good - 100, inputs)    # any integers name an element of a circle
-        return
-    for wrong in (group.elements[-2:] + 1, good - 1):
-        with pytest.raises(ValueError, match="elements of the group"):
-            call(wrong, inputs)
+    for call, inputs in ((group.T, x), (group.Γ, z), (group.view, z)):
+        for wrong in (good[:1], good[0], good[..., None], good.double(), good.to(torch.int8)):
+            with pytest.raises(ValueError, match="integers"):
+                call(wrong, inputs)
+        if group.elements.min() == 0:
+            call(good - 100, inputs)    # any integers name an element of a circle
+            continue
+        for wrong in (group.elements[-2:] + 1, good - 1):
+            with pytest.raises(ValueError, match="elements of the group"):
+                call(wrong, inputs)
 
 
 @pytest.mark.parametrize("group, images, features", (
     (Rotation(4), (1, 4, 5), (1, 5, 4, 4)),
     (Rotation(4), (4, 4), (4, 4, 4)),
-    (Rotation(3), (1, 1, 4, 4), (1, 3, 4, 5)),
     (Scale(3, 1.41), (4, 4), (1, 2, 4, 4)),
     (Translation(7, 4, 4), (28, 28), (1, 1, 7, 8)),
     (Translation(7, 4, 4, circular=True), (1, 28, 32), (1, 1, 8, 7)),
@@ -244,6 +236,5 @@ def test_images_and_features_that_do_not_fit(group, images, features):
     for move in (group.Γ, group.view):
         with pytest.raises(ValueError, match="features must be"):
             move(g, z)
-    if not isinstance(group, Rotation) or features != (1, 3, 4, 5):
-        with pytest.raises(ValueError, match="features must be"):
-            group.base(z)
+    with pytest.raises(ValueError, match="features must be"):
+        group.base(z)

@@ -38,7 +38,7 @@ def test_gradient_by_finite_differences():
 
 def test_float32_inside_autocast():
     """Half-precision projections, under autocast, are compared in float32."""
-    h1, h2 = torch.randn(2, 16, 8).half()
+    h1, h2 = torch.randn(2, 16, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         value = nt_xent(h1, h2)
     assert value.dtype == torch.float32

@@ -1,8 +1,10 @@
 """The programs in experiments/ that need no finished runs: each does what it says."""
 import json
 import math
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ import probe
 import report
 import simclr
 import train
-from helpers import ROOT, SMALL, log_of, status_of
+from helpers import ROOT, SMALL, log_of, refusal, status_of
 from hssl import Rotation, Translation
 from layers import MNISTBackbone, Untied
 from losses import nt_xent
@@ -179,12 +181,66 @@ def make():
     assert len(errors) == 8 and min(errors) > 0.1
 
 
-def test_the_benchmark_keeps_every_comparison(tmp_path, capsys):
-    benchmark.main(["--device", "cpu", "--batch-size", "2", "--repeats", "1", "--amp", "off",
-                    "--results", str(tmp_path)])
-    records = json.loads((tmp_path / "benchmark-cpu.json").read_text())["records"]
-    assert len(records) == 3 and len(records[0]["seconds"]) == 1
-    assert "\n".join(map(benchmark.table_line, records)) in capsys.readouterr().out
-    record = dict(title="a / b", seconds=[4.0, 9.0, 2.0], reference_seconds=[2.0, 1.0, 5.0],
-                  memory=3e6, reference_memory=2e6)
-    assert benchmark.table_line(record) == "| a / b | 2.00 | 2,000.0 | 1.50 | 2.0 |"
+def test_the_benchmark_compares_a_copy_of_the_code_with_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "check_out", copy_code)
+    flags = ["--device", "cpu", "--batch-size", "2", "--repeats", "1", "--against", "a-copy",
+             "--results", str(tmp_path)]
+    benchmark.main([*flags, "--rows", "step", "memory", "error"])
+    *steps, memory, by_translation, by_scale = json.loads(
+        (tmp_path / "benchmark-cpu.json").read_text())["records"]
+    assert len(steps) == 6
+    for record in steps:
+        assert len(record["seconds"]) == len(record["reference_seconds"]) == 1
+    assert 1e6 < memory["memory"] == pytest.approx(memory["reference_memory"], rel=0.01)
+    for record in (by_translation, by_scale):
+        assert 0 < record["error"] == record["reference_error"] < 0.1
+    printed = capsys.readouterr().out
+    for record in (*steps, memory, by_translation, by_scale):
+        assert benchmark.table_line(record) in printed
+
+
+def copy_code(revision, folder):
+    for name in ("layers.py", "hssl.py", "losses.py"):
+        shutil.copy(ROOT / name, folder)
+
+
+def test_the_benchmark_starts_both_programs_in_turn(tmp_path, monkeypatch, capsys):
+    """Each side's train.py and probe.py here add a letter to a file."""
+    today = tmp_path / "today"
+    today.mkdir()
+    write_programs(today, "t", tmp_path / "log")
+    monkeypatch.setattr(benchmark, "ROOT", today)
+
+    def check_out(revision, folder):
+        write_programs(folder, revision, tmp_path / "log")
+
+    monkeypatch.setattr(benchmark, "check_out", check_out)
+    benchmark.main(["--against", "r", "--rows", "command", "evaluate", "--repeats", "2"])
+    assert (tmp_path / "log").read_text() == "trtrtrtr"
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    (today / "train.py").write_text("raise SystemExit('no room')")
+    flags = ["--against", "r", "--rows", "command"]
+    assert "no room" in refusal(capsys, report.run, benchmark.main, flags)
+
+
+def write_programs(folder, letter, log):
+    write = f"open({str(log)!r}, 'a').write({letter!r})\n"
+    Path(folder, "train.py").write_text(write)
+    Path(folder, "probe.py").write_text(f"def evaluate(*_, update_statistics):\n    {write}")
+    Path(folder, "data.py").write_text("def load(name, device):\n    return None\n")
+    shutil.copy(ROOT / "layers.py", folder)
+
+
+@pytest.mark.parametrize("flags, named", (
+    (["--rows", "memory"], "--against REVISION"), (["--against", "no-such"], "no-such")))
+def test_the_benchmark_needs_a_revision_that_there_is(flags, named, capsys):
+    assert named in refusal(capsys, report.run, benchmark.main, flags)
+
+
+def test_a_line_of_the_benchmark():
+    times = dict(title="a / b", seconds=[4.0, 9.0, 3.0], reference_seconds=[2.0, 1.0, 5.0])
+    memory = dict(memory=3e6, reference_memory=2e6)
+    line = "| a / b | 2.00 | 3.00 | 2,000.0 | 1.50 | 2e+06 |"
+    assert benchmark.table_line(times | memory) == line
+    error = dict(title="a / b", error=0.003, reference_error=0.002)
+    assert benchmark.table_line(error) == "| a / b |  |  |  | 1.50 | 0.002 |"
