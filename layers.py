@@ -1,4 +1,4 @@
-"""Group convolutions with steerable filters, and the encoders built from them: f(T_g x) = Γ_g f(x).
+"""Group convolutions with steerable filters, and the encoders f built from them.
 
 The filters are SESN's (Sosnovik et al., ICLR 2020): a learned combination of fixed Hermite-Gaussian
 functions, sampled once for every orientation or scale. The weights are shared; only the samples
@@ -8,10 +8,10 @@ follow, and two networks with the structure removed.
 Letters: B batch, C channels, G length of the group axis, H W space, K basis functions, E extent of
 a filter along G, k kernel side.
 
-Features are (B, C, G, H, W), and lie in memory as (B, H, W, G, C). So convolutions and pooling,
-which need maps (B, G·C, H, W), and batch norm, which needs (B, C, H, W·G), copy nothing: both are
-views whose channels come last. Only a convolution that mixes the group axis (rotation) is faster on
-contiguous maps, which it makes and returns.
+Features are (B, C, G, H, W). By translation and scale they lie in memory as (B, H, W, G, C). So
+convolutions and pooling, which need maps (B, G·C, H, W), and batch norm, which needs (B, C, H,
+W·G), copy nothing: both are views whose channels come last. Convolutions that mix the group axis,
+as by rotation, are faster on contiguous maps.
 """
 import math
 
@@ -208,7 +208,8 @@ class GroupConv2d(SteerableConv2d):
         self.register_buffer("offset", offset % period, persistent=False)
 
     def filters(self):
-        """Learned combinations of the basis: (G·C', C, k, k) for extent 1, else (G·C', G·C, k, k)."""
+        """Learned combinations of the basis: (G·C', C, k, k), or (G·C', G·C, k, k) for an extent
+        above 1."""
         if self.extent == 1:
             filters = torch.tensordot(self.weight.squeeze(2), self.basis, dims=1)
             return filters.permute(2, 0, 1, 3, 4).flatten(0, 1)
@@ -221,10 +222,8 @@ class GroupConv2d(SteerableConv2d):
         if x.ndim != 5 or x.shape[2] != self.group_size:
             raise ValueError(f"features must be (B, C, {self.group_size}, H, W), "
                              f"but these are {tuple(x.shape)}")
-        maps = x.transpose(1, 2).flatten(1, 2)    # (B, G·C, H, W)
-        if self.extent == 1:
-            return self.convolve(maps, self.filters(), groups=self.group_size)
-        return self.convolve(maps.contiguous(), self.filters())
+        groups = self.group_size if self.extent == 1 else 1
+        return self.convolve(x.transpose(1, 2).flatten(1, 2), self.filters(), groups)
 
 
 class OnMaps(nn.Sequential):
@@ -262,12 +261,16 @@ class Backbone(nn.Module):
     """
     stride = 4
 
+    def __init__(self, channels_last):
+        super().__init__()
+        self.channels_last = channels_last
+
     def forward(self, x):
         if x.ndim != 4 or x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"images must be (B, C, H, W), H and W divisible by {self.stride}, "
                              f"but these are {tuple(x.shape)}")
-        # In memory the images become (B, H, W, C), an order that all layers keep.
-        x = x.movedim(1, 3).clone(memory_format=torch.contiguous_format).movedim(3, 1)
+        if self.channels_last:    # an order in memory that all layers keep
+            x = x.movedim(1, 3).clone(memory_format=torch.contiguous_format).movedim(3, 1)
         return self.layers(x)
 
 
@@ -292,9 +295,9 @@ class MNISTBackbone(Backbone):
 
     def __init__(self, group="translation", group_size=1, widths=(32, 63, 95), in_channels=1,
                  kernel_size=7, scale_step=1.41, extent=None, padding_mode="zeros"):
-        super().__init__()
-        basis = steerable_basis(group, group_size, kernel_size, scale_step=scale_step)
         cyclic = group == "rotation"
+        super().__init__(channels_last=not cyclic)
+        basis = steerable_basis(group, group_size, kernel_size, scale_step=scale_step)
         one, two, three = widths
         self.layers = nn.Sequential(
             LiftingConv2d(in_channels, one, basis, padding_mode),    # (B, one, G, H, W)
@@ -352,9 +355,9 @@ class ResidualBackbone(Backbone):
 
     def __init__(self, group="translation", group_size=1, widths=(16, 128, 256, 512), in_channels=3,
                  kernel_size=7, scale_step=1.41, extent=None, padding_mode="zeros"):
-        super().__init__()
-        basis = steerable_basis(group, group_size, kernel_size, scale_step=scale_step)
         cyclic = group == "rotation"
+        super().__init__(channels_last=not cyclic)
+        basis = steerable_basis(group, group_size, kernel_size, scale_step=scale_step)
 
         def convolution(channels, out_channels):
             return GroupConv2d(

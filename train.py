@@ -545,8 +545,8 @@ def main(args):
     except (ValueError, OSError, OverflowError) as error:
         end(error, 2)
     except (RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        if not isinstance(error, MemoryError) and "alloc" not in text and "out of memory" not in text:
+        text = repr(error).lower()
+        if "memory" not in text and "alloc" not in text:
             raise
         end("out of memory: take a smaller --batch-size", 2)
 

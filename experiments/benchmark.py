@@ -15,6 +15,7 @@ those of MNIST's network in its full width, on random images. The sides of a row
 import argparse
 import importlib.util
 import operator
+import os
 import shutil
 import statistics
 import subprocess
@@ -258,6 +259,7 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")    # the profiler looks for GPUs, and says so
     # Shapes stay, so a search is worth it; and float32 means float32.
     torch.backends.cudnn.benchmark = True
     torch.backends.fp32_precision = "ieee"

@@ -189,7 +189,7 @@ def test_torch_func_and_compile(group, shape):
     (allowed_pairs, (Translation(7, 4, 4), 0), "make a pair"),
     (readout, (torch.zeros(2, 3, 4, 4), 2), "a view must be"),
     (Rotation(3).Γ, (torch.tensor([1]), torch.zeros(1, 1, 3, 6, 7)), "features must be"),
-    (readout, (torch.zeros(2, 3, 1, 4, 5), 5), "grid is 5 .* the map 4"),
+    (readout, (torch.zeros(2, 3, 1, 4, 5), 5), "5x5 cells .* 4x5 positions"),
     (Rotation(8).T, (torch.tensor([1]), torch.zeros(1, 1, 8, 8).byte()), "floating-point"),
 ))
 def test_arguments_that_do_not_fit(call, arguments, message):
