@@ -195,7 +195,7 @@ def image_folder(folder, cache_dir, side, class_of_file):
     """Your own images, resized and cropped to C x side x side; C is 1 if all of them are grey.
 
     They are listed as torchvision's ImageFolder lists them: training images in train/CLASS/, test
-    images in val/CLASS/. class_of_file, a dict, may name a file's class instead. Without val/,
+    images in val/CLASS/. A file in class_of_file, a dict, has its class from there. Without val/,
     every tenth image in the order of names is a test image. Without train/, the class folders are
     those in the folder itself. With fewer than two there are no classes: all labels are -1.
     """
@@ -216,6 +216,7 @@ def image_folder(folder, cache_dir, side, class_of_file):
     labels = []
     is_test = []
     for root in roots:
+        # One class, named ".", makes it list all images below the root.
         for path, _ in make_dataset(root, {".": 0}, IMG_EXTENSIONS, allow_empty=True):
             path = Path(path)
             name = class_of_file.get(path.name, path.relative_to(root).parts[0])
@@ -224,19 +225,19 @@ def image_folder(folder, cache_dir, side, class_of_file):
             files.append(path)
             labels.append(label_of_class.get(name, -1))
             is_test.append(root != roots[0])
-    if all(is_test):
-        raise ValueError(f"there are no images in {roots[0]}: expected train/CLASS/... and "
-                         "val/CLASS/..., or CLASS/..., or images without classes")
     labels = torch.tensor(labels)
     is_test = torch.tensor(is_test)
     print(f"{folder}: {len(files)} images, {len(label_of_class)} classes", flush=True)
     if not is_test.any():
         print("every tenth of them is a test image: there is no train/ with val/", flush=True)
         is_test[::10] = True
+    if is_test.all():
+        raise ValueError(f"there are {len(files)} images in {folder}, too few: expected train/CLASS "
+                         "and val/CLASS, or CLASS alone, with images in them, or images alone")
 
     images = _decode_once(files, side, cache_dir / folder.name)
     train_images = images[~is_test]
-    sample = train_images[::1 + len(train_images) // 1000] / 255    # at most 1,000, of all classes
+    sample = train_images[::1 + len(train_images) // 1000] / 255    # evenly spread, at most 1,000
     mean = sample.mean().item()
     std = sample.std(correction=0).item() or 1.0    # images of one colour stay as they are
     return Dataset(train_images, labels[~is_test], images[is_test], labels[is_test],
@@ -297,7 +298,7 @@ def glyphs(train=10_000, test=2_000, seed=0):
     """Draw the built-in data set: characters in any orientation, 1x28x28, 10 classes.
 
     Each image shows one of GLYPHS in Pillow's own font, at random turned (0 to 360 degrees), sized
-    (0.65 to 1 times 24 pixel type), shifted (up to 2 pixels each way), of one of four stroke
+    (0.65 to 1 times 24-pixel type), shifted (up to 2 pixels each way), of one of four stroke
     weights, with Gaussian noise (σ = 0.1). The same for the same seed.
     """
     font = ImageFont.load_default(size=96)    # all is drawn four times as large

@@ -7,7 +7,7 @@ First the objectives, then the groups. Each group has
     Γ(g, z)             Γ_g on features (B, C, G, H, W): (Γ_g z)(g0) = z(g⁻¹ g0)
     base(z)             the fibers over the base space G0, which are all that h sees
     view(g, z)          base(Γ(g, z)), but computes the base space alone
-    elements            every g that may be drawn, on the CPU
+    elements            all elements that may be drawn: a CPU tensor, (M,) or (M, 2)
     distance(g1, g2)    the topographic distance ‖g1⁻¹ g2‖
 
 where g is an integer tensor with one group element per image, on the images' device. The first
@@ -15,7 +15,7 @@ four raise a ValueError for images, features or elements that do not fit the gro
 g are checked on the CPU alone, because on a GPU every step would have to wait.)
 
 Letters: B batch, C channels, G length of the group axis, H W space, D numbers per projection, M
-elements that may be drawn, P pairs of them, S base-space size along the group axis.
+elements that may be drawn, P pairs of them, S length of a view's group axis.
 """
 import math
 
@@ -33,12 +33,12 @@ def equivariance_error(f, group, x, elements=None, on_base=False):
     0, up to rounding, where it holds exactly; about √2 for unrelated features of mean 0.
 
     Args:
-        f: any function of images (B, C, H, W) to features (B, C', G, H', W'). In training mode
-            batch norm's running statistics would move.
+        f: any function of images (B, C, H, W) to features (B, C', G, H', W'). In training mode,
+            calling it moves batch norm's running statistics.
         group, x: one of the groups below, and images.
         elements: some of the group's elements, (M, ...); all of them if None.
-        on_base: compare on the base space alone: for translation without the zeros that Γ_g moves
-            in, for scale without the ends of the axis.
+        on_base: compare on the base space alone, which leaves out the zeros that Γ_g moves in from
+            beyond the map or the scale axis.
     """
     if elements is None:
         elements = group.elements
@@ -64,7 +64,7 @@ def a_ssl_loss(f, h, I, group, x, g1, g2):
         h: the head, a view -> (B, D).
         I: the objective, two projections (B, D) -> its mean over the batch.
         group, x: one of the groups below, and images (B, C, H, W).
-        g1, g2: what moves the two views, one group element per image.
+        g1, g2: the elements that move the two views, one of each per image.
     """
     view1 = group.base(f(group.T(g1, x)))
     view2 = group.base(f(group.T(g2, x)))
@@ -88,17 +88,16 @@ def allowed_pairs(group, max_distance=None):
     """All pairs of different elements at most max_distance apart: (P, 2) indices into
     group.elements.
 
-    Raises a ValueError if there are none. (g1 = g2 would give one view twice.) Takes 16 bytes a
-    pair, so memory grows with the fourth power of the map's side.
+    Raises a ValueError if there are none. (g1 = g2 would give one view twice.) For translation
+    their number grows with the fourth power of the map's side.
     """
     distance = group.distance(group.elements[:, None], group.elements[None, :])    # (M, M)
     allowed = distance > 0
     if max_distance is not None:
         allowed &= distance <= max_distance
     if not allowed.any():
-        raise ValueError(f"no two of the {len(group.elements)} group elements make a pair (largest "
-                         f"distance: {max_distance}): take a smaller base space, more elements or "
-                         "a larger distance")
+        raise ValueError(f"no two of the {len(group.elements)} group elements make a pair: take a "
+                         "smaller base space, more elements or a larger distance")
     return allowed.nonzero()
 
 
@@ -138,8 +137,7 @@ class ProjectionHead(nn.Module):
 # -------------------------------------------------------------------------------------- translation
 
 class Translation:
-    """Shifts. g = (down, right) in positions; G0 is a square window of the map, in its middle
-    for g = 0.
+    """Shifts. g = (down, right) in positions; G0 is a square window in the middle of the map.
 
     Elements are the shifts that keep the window on the map; if circular, all shifts. Distance:
     the larger of the two coordinates' distances.
@@ -209,8 +207,8 @@ class Translation:
 # ----------------------------------------------------------------------------------------- rotation
 
 class Rotation:
-    """Turns by multiples of 360/G degrees, counter-clockwise. G0 is the first base_size
-    orientations, 1 to G of them, at all positions.
+    """Turns by multiples of 360/G degrees, counter-clockwise. G0 holds the first base_size
+    orientations (1 to G), at all positions.
 
     Γ_g moves the fibers along the orientation axis, which is cyclic, and turns the map.
     Distance: steps on the circle.
@@ -256,8 +254,8 @@ class Rotation:
 # -------------------------------------------------------------------------------------------- scale
 
 class Scale:
-    """Enlargements by step**g about the centre. G0 is the middle base_size scales, 1 to G of
-    them, at all positions.
+    """Enlargements by step**g about the centre. G0 holds the middle base_size scales (1 to G), at
+    all positions.
 
     Γ_g moves the fibers along the scale axis and enlarges the map. The axis ends, and what
     enters from beyond is not a view, so elements are those g whose views read existing scales
@@ -326,10 +324,10 @@ def check_shape(what, tensor, *axes):
     if torch.is_tensor(tensor):
         found = tuple(tensor.shape)
         length_of = dict(zip(axes, found))
+        expected = []
         for axis in axes:
-            if isinstance(axis, int):
-                length_of[axis] = axis
-        fits = found == tuple(map(length_of.get, axes))
+            expected.append(axis if isinstance(axis, int) else length_of.get(axis))
+        fits = found == tuple(expected)
     if not fits:
         raise ValueError(f"{what} must be ({', '.join(map(str, axes))}), but these are {found}")
 
@@ -338,8 +336,9 @@ def check_elements(g, shape, least=None, most=None):
     """Raise a ValueError unless g are int64 of this shape and, where they can be seen, least to
     most."""
     if not torch.is_tensor(g) or g.shape != shape or g.dtype != torch.int64:
-        raise ValueError(f"g must be a tensor of integers (int64) {tuple(shape)}, one group "
-                         "element per image")
+        found = f"{getattr(g, 'dtype', type(g).__name__)} {list(getattr(g, 'shape', []))}"
+        raise ValueError(f"g must be torch.int64 {list(shape)}, one group element per image, but "
+                         f"is {found}")
     # Values cannot be seen while compiling, under torch.func, or on a GPU without waiting for it.
     hidden = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(g)
     if least is None or hidden or g.device.type != "cpu":
@@ -363,15 +362,15 @@ def unfold_group(maps, size):
 
 
 def pick(z, source):
-    """Pick places on the group axis, for each image its own: z (B, C, G, H, W), source (B, S) ->
-    (B, C, S, H, W)."""
+    """Pick places on the group axis by indices that differ by image: z (B, C, G, H, W), source
+    (B, S) -> (B, C, S, H, W)."""
     image = torch.arange(len(z), device=z.device)[:, None]
     return z[image, :, source].transpose(1, 2)
 
 
 def gather_positions(x, index):
-    """Read positions of maps, for each image its own: x (B, C, H, W), index (B, n) into H·W ->
-    (B, C, n). In memory the result, and the gradient of x, have channels last."""
+    """Read positions of maps by indices that differ by image: x (B, C, H, W), index (B, n) into
+    H·W -> (B, C, n). In memory the result, and the gradient of x, have channels last."""
     # As in the encoder: batch norm is slow on a CPU where layouts are mixed.
     fibers = x.flatten(2).transpose(1, 2)    # (B, H·W, C)
     index = index[:, :, None].expand(-1, -1, x.shape[1])
@@ -402,7 +401,7 @@ def rotate(x, g, orientations, outside="zeros"):
     outside: see `warp`.
     """
     side = x.shape[-1]
-    # g is 4g/G quarter turns: whole ones, and a remainder in parts of 1/G.
+    # 4g/G quarter turns are `quarters` whole ones and remainder/G of another.
     quarters = (4 * g // orientations) % 4
     remainder = (4 * g) % orientations
     positions = torch.arange(side * side, device=x.device).view(side, side)

@@ -8,10 +8,10 @@ follow, and two networks with the structure removed.
 Letters: B batch, C channels, G length of the group axis, H W space, K basis functions, E extent of
 a filter along G, k kernel side.
 
-Features are (B, C, G, H, W). By translation and scale they lie in memory as (B, H, W, G, C). So
-convolutions and pooling, which need maps (B, G·C, H, W), and batch norm, which needs (B, C, H,
-W·G), copy nothing: both are views whose channels come last. Convolutions that mix the group axis,
-as by rotation, are faster on contiguous maps.
+Features are (B, C, G, H, W). Where no filter spans the group axis (E = 1) they lie in memory as
+(B, H, W, G, C). So convolutions and pooling, which need maps (B, G·C, H, W), and batch norm, which
+needs (B, C, H, W·G), copy nothing: both are views whose channels come last. Filters that span it
+are one dense convolution, which is faster in PyTorch's default order; there batch norm copies.
 """
 import math
 
@@ -71,15 +71,14 @@ def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=0
         raise ValueError(f"group is {group!r}, but must be translation, rotation or scale")
     if group_size < 1 or (group == "translation" and group_size != 1):
         raise ValueError(f"group_size is {group_size}, but must be at least 1, for translation 1")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size is {kernel_size}, but must be odd and positive")
     if effective_size is None:
         effective_size = 5 if group == "rotation" else 3
-    if effective_size < 1:
-        raise ValueError(f"effective_size is {effective_size}, but must be at least 1")
+    if kernel_size < 1 or kernel_size % 2 == 0 or effective_size < 1:
+        raise ValueError(f"kernel_size is {kernel_size}, but must be odd, and effective_size "
+                         f"{effective_size}, but must be at least 1")
     if not (0 < sigma < math.inf and 1 < scale_step < 100):
-        raise ValueError(f"sigma is {sigma} and scale_step {scale_step}, but sigma must be finite "
-                         "and above 0, scale_step above 1 and below 100")
+        raise ValueError(f"sigma is {sigma}, but must be finite and above 0, and scale_step "
+                         f"{scale_step}, but must be above 1 and below 100")
 
     t = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
     y, x = torch.meshgrid(t, t, indexing="ij")    # rows point down
@@ -117,8 +116,8 @@ def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=0
 class SteerableConv2d(nn.Module):
     """What both layers below share: weights over the basis, padding, bias.
 
-    Raises a ValueError for another extent or padding mode than these, or no channels, and when
-    images or features have other axes, or are smaller than their circular padding.
+    Raises a ValueError for an argument outside its range, for input with other axes, and for maps
+    smaller than their circular padding.
 
     Args:
         in_channels, out_channels: C and C'.
@@ -203,7 +202,7 @@ class GroupConv2d(SteerableConv2d):
         super().__init__(in_channels, out_channels, basis, extent, padding_mode, bias)
         places = torch.arange(self.group_size)
         offset = places - places[:, None]    # (G, G): of input h, as output g sees it
-        # Where the axis ends, negative offsets come round to zeros behind the weights.
+        # If the axis ends, a negative offset leads to the zeros that `filters` puts behind.
         period = self.group_size if cyclic else 2 * self.group_size
         self.register_buffer("offset", offset % period, persistent=False)
 
@@ -261,15 +260,13 @@ class Backbone(nn.Module):
     """
     stride = 4
 
-    def __init__(self, channels_last):
-        super().__init__()
-        self.channels_last = channels_last
-
     def forward(self, x):
         if x.ndim != 4 or x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"images must be (B, C, H, W), H and W divisible by {self.stride}, "
                              f"but these are {tuple(x.shape)}")
-        if self.channels_last:    # an order in memory that all layers keep
+        # The layers keep the order in memory that the images have.
+        x = x.contiguous()
+        if self.channels_last:
             x = x.movedim(1, 3).clone(memory_format=torch.contiguous_format).movedim(3, 1)
         return self.layers(x)
 
@@ -277,9 +274,9 @@ class Backbone(nn.Module):
 class MNISTBackbone(Backbone):
     """SESN's MNIST network, lifted: three stages of convolution, 2x2 max-pool, ReLU, batch norm.
 
-    The widths are those of SESN's MNIST network, the filters those of its STL-10 network; on MNIST
-    it has a larger basis, "B", and kernels of 13 or 15 pixels. An output sees 46 pixels with kernel
-    7, 32 with 5, 18 with 3.
+    The widths are those of SESN's MNIST network, the filters those of its STL-10 network; SESN
+    itself has a larger basis on MNIST, "B", and kernels of 13 or 15 pixels. An output sees 46
+    pixels with kernel 7, 32 with 5, 18 with 3.
 
     In SESN ReLU comes before the pooling, which is the same function with the same gradients, as
     max(ReLU(x)) = ReLU(max(x)); after the pooling it is a quarter of the work. The third stage does
@@ -296,7 +293,7 @@ class MNISTBackbone(Backbone):
     def __init__(self, group="translation", group_size=1, widths=(32, 63, 95), in_channels=1,
                  kernel_size=7, scale_step=1.41, extent=None, padding_mode="zeros"):
         cyclic = group == "rotation"
-        super().__init__(channels_last=not cyclic)
+        super().__init__()
         basis = steerable_basis(group, group_size, kernel_size, scale_step=scale_step)
         one, two, three = widths
         self.layers = nn.Sequential(
@@ -309,6 +306,7 @@ class MNISTBackbone(Backbone):
             GroupConv2d(two, three, basis, extent, cyclic, padding_mode),  # (B, three, G, H/4, W/4)
             OnFibers(nn.ReLU(), nn.BatchNorm2d(three)),
         )
+        self.channels_last = self.layers[3].extent == 1
 
 
 class ResidualBlock(nn.Module):
@@ -356,7 +354,7 @@ class ResidualBackbone(Backbone):
     def __init__(self, group="translation", group_size=1, widths=(16, 128, 256, 512), in_channels=3,
                  kernel_size=7, scale_step=1.41, extent=None, padding_mode="zeros"):
         cyclic = group == "rotation"
-        super().__init__(channels_last=not cyclic)
+        super().__init__()
         basis = steerable_basis(group, group_size, kernel_size, scale_step=scale_step)
 
         def convolution(channels, out_channels):
@@ -374,6 +372,7 @@ class ResidualBackbone(Backbone):
             ResidualBlock(three, three, False, convolution),
             OnFibers(nn.BatchNorm2d(three), nn.ReLU()),
         )
+        self.channels_last = self.layers[1].first.extent == 1
         for module in self.modules():    # as SESN does
             if isinstance(module, (SteerableConv2d, nn.Conv2d)):
                 fan_out = module.weight[:, 0].numel()

@@ -13,8 +13,8 @@ def nt_xent(h1, h2, temperature=0.1):
     2020).
 
     Each of the 2N projections is classified against the other 2N - 1 with logits cos/τ, its
-    partner being right. When torch.distributed is initialised, h1 and h2 are this process's
-    share, and the candidates are those of all R processes. Averaged over processes, as
+    partner being the correct class. When torch.distributed is initialised, h1 and h2 are this
+    process's share, and the candidates are those of all R processes. Averaged over processes, as
     DistributedDataParallel averages gradients, loss and gradients are those of one process with
     the whole batch.
 

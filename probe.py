@@ -175,7 +175,7 @@ def take_statistics(encoder, data, amp="off"):
 
 @torch.no_grad()
 def extract(encoder, data, images, grid, amp="off"):
-    """Features of images (N, C, H, W) uint8, by an encoder as it is, in the precision amp.
+    """Features of images (N, C, H, W) uint8, by an encoder in the mode that it is in, under amp.
 
     Returns its maps averaged to grid x grid, or whole if grid is 0, (N, D), and averaged over all
     positions, (N, C'·G), in float32. Raises a ValueError if it does not give (B, C', G, H', W'), or
@@ -281,7 +281,7 @@ def softmax_regression(x, labels, penalty, start):
         return loss
 
     for _ in range(100):
-        optimizer.step(objective)    # ten iterations
+        optimizer.step(objective)    # up to ten iterations
         objective()
         gap = (v.grad / scale).square().sum().item() / (2 * penalty)
         if gap <= 1e-3:
@@ -327,7 +327,7 @@ def measure(x, x_test, data):
     test = (x_test, data.test_labels, data.classes)
     sample = torch.cat(hold_out(len(x)))[:10_000]    # of a fixed, shuffled order
     result = dict(top1=None, neighbours=None)
-    if labels.min() < labels.max():
+    if labels.min() < labels.max() and data.test_labels.min() >= 0:
         result["top1"] = linear_classifier(x, labels, *test)
         result["neighbours"] = neighbours(x[sample], labels[sample], *test)
     result["effective_rank"] = round(effective_rank(x[sample]), 2)
@@ -394,7 +394,7 @@ def probe_run(folder, device, data_dir, cache_dir):
         result = evaluate(encoder.to(device), data, grid, amp, update_statistics=True)
         measured = evaluate(untrained.to(device), data, grid, amp, update_statistics=True)
     checkpoint = read_checkpoint(f"{folder}/checkpoint.pt")
-    # The rest is what --eval-every saw before the training.
+    # Beside them, the held-out measures of --eval-every stay.
     frozen = checkpoint.get("frozen", {}) | measured
     out = folder
     if data.digest() != settings.get("images_hash"):

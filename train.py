@@ -33,8 +33,8 @@ from losses import nt_xent
 
 # ----------------------------------------------------------------------------------------- settings
 
-# What a data set and, before that, a group has in place of the defaults in `parse`, which are the
-# paper's for MNIST where it states them.
+# A group's values override its data set's, which override the defaults in `add_flags`. Those are
+# the paper's for MNIST, where it states them.
 RESIDUAL = dict(epochs=1300, widths=[16, 128, 256, 512], grid=4, probe_grid=1)
 DATASETS = {
     "glyphs": dict(epochs=8, batch_size=256, warmup_epochs=1.0, temperature=0.5,
@@ -56,7 +56,7 @@ FREE = "resume out data_dir cache_dir device save_every log_every eval_every".sp
 
 
 class Number:
-    """A type for argparse: an integer or a float, as least is, from least on."""
+    """A type for argparse: a number of the type of `least`, int or float, and not below it."""
 
     def __init__(self, least):
         self.least = least
@@ -149,6 +149,8 @@ def parse(argv=None):
     if not args.out:
         args.out = f"runs/{args.dataset}-{args.method}-{args.group}-{args.seed}"
     args.out = os.path.expanduser(args.out)
+    if args.method == "frozen":
+        args.epochs = 0
     return args
 
 
@@ -284,7 +286,11 @@ def load_in_turn(args, device, patient):
     """Only the first process downloads and decodes; each machine's first comes next, then all."""
     rank, _ = rank_and_world()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    turn = min(rank, 1) + min(rank, local_rank, 1)    # 0, 1 or 2
+    turn = 2
+    if local_rank == 0:
+        turn = 1
+    if rank == 0:
+        turn = 0
     for now in range(3):
         if now == turn:
             data = probe.load_data(vars(args), device)
@@ -313,7 +319,7 @@ def find_checkpoint(args):
     found = {path.name for path in out.iterdir()}
     if "checkpoint.pt" not in found and "probe.json" in found:
         raise ValueError(f"{out} holds the result of a run, but no checkpoint: take another --out")
-    if found & {"checkpoint.pt", "config.json"} and not args.resume:
+    if found & {"checkpoint.pt", "config.json", "log.jsonl"} and not args.resume:
         raise ValueError(f"{out} holds a run: continue it with --resume, or take another --out")
     if "checkpoint.pt" not in found:
         return None
@@ -323,14 +329,14 @@ def find_checkpoint(args):
     for name, value in vars(args).items():
         before = checkpoint["settings"].get(name)
         if before != value and name not in FREE:
-            raise ValueError(f"{out} was made with {name} {before}, not {value}: take the same "
-                             "flags and images, or another --out")
+            raise ValueError(f"{out} was made with another {name} ({before}, not {value}): take "
+                             "the same flags, images and version, or another --out")
     return checkpoint
 
 
 def write_config(args, world, resumed_at):
-    """Write config.json: the settings, and with what the run was started, or resumed at a step
-    (else None)."""
+    """Write config.json: the settings, and the torch version and number of processes of the start
+    and of each resumption, at the step resumed_at."""
     path = Path(args.out, "config.json")
     about = dict(torch=torch.__version__, processes=world)
     config = vars(args) | about
@@ -347,7 +353,7 @@ def open_log(out, step):
     if path.exists():
         for line in path.read_text().splitlines(True):
             # A line that was cut off comes after every checkpoint.
-            if line.endswith("}\n") and json.loads(line)["step"] <= step:
+            if line.endswith("}\n") and json.loads(line).get("step", math.inf) <= step:
                 lines.append(line)
     probe.write_whole(path, "".join(lines).encode())
     return path.open("a", buffering=1)
@@ -363,8 +369,6 @@ def check_data(args, data, world=1):
     """Add to the settings what follows from the images. Raises a ValueError where they do not fit
     each other."""
     count = len(data.train_images)
-    if args.method == "frozen":
-        args.epochs = 0
     if args.batch_size > count and args.epochs > 0:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {count} training images")
     if args.batch_size % world or args.batch_size < 2 * world:
@@ -400,7 +404,7 @@ def resume(args, states, patient):
         found = [find_checkpoint(args)]
     if patient is not None:
         dist.broadcast_object_list(found, group=patient)
-    progress = dict(step=0, epoch=0, skipped=0, frozen=None)
+    progress = dict(step=0, epoch=0, frozen=None)
     checkpoint = found[0]
     resumed_at = None
     if checkpoint is not None:
@@ -429,7 +433,6 @@ def fit(args, data, model, pairs, plain_encoder, states, progress, patient):
     total = args.epochs * steps
     optimizer = states["optimizer"]
     scaler = states["scaler"]
-    scale = scaler.get_scale()
     step = progress["step"]
     if rank == 0:
         log = open_log(args.out, step)
@@ -453,23 +456,20 @@ def fit(args, data, model, pairs, plain_encoder, states, progress, patient):
                 loss = model(x, *inputs)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            scaler.step(optimizer)    # leaves the step out where float16 overflows,
-            scaler.update()    # and lowers the scale
-            last_scale = scale
-            scale = scaler.get_scale()
-            if scale < last_scale:
-                progress["skipped"] += 1
+            scaler.step(optimizer)    # leaves the step out where float16 overflows
+            scaler.update()
             step += 1
 
             last = i + 1 == steps
             if step % args.log_every == 0 or last:
                 rate = (step - logged_step) * args.batch_size / (time.perf_counter() - start)
                 line = dict(epoch=epoch + 1, step=step, loss=mean_over_processes(loss), lr=lr,
-                            skipped=progress["skipped"], images_per_second=round(rate, 1))
+                            images_per_second=round(rate, 1))
                 if not math.isfinite(line["loss"]):
                     raise Diverged(f"the loss is {line['loss']} at step {step}")
-                if scale < 2**-60 or progress["skipped"] == total:
-                    raise Diverged(f"float16 overflowed in {progress['skipped']} of {step} steps")
+                # The scale begins at 2**16, and every overflow halves it.
+                if scaler.is_enabled() and scaler.get_scale() <= 2.0 ** max(16 - total, -60):
+                    raise Diverged(f"float16 still overflows after {step} steps")
                 if rank == 0:
                     if last and args.eval_every and (epoch + 1) % args.eval_every == 0:
                         part = probe.split_training(data)
@@ -509,8 +509,8 @@ def train(args):
             progress["frozen"] = measure(objective.encoder, plain_encoder, data, args)
             if args.eval_every:
                 part = probe.split_training(data)
-                looked = measure(objective.encoder, plain_encoder, part, args)
-                progress["frozen"]["held_out"] = looked
+                held_out = measure(objective.encoder, plain_encoder, part, args)
+                progress["frozen"]["held_out"] = held_out
             print("frozen encoder:", probe.in_words(progress["frozen"]), flush=True)
         wait(patient)
         model = synchronise_batch_norm(objective, device)
@@ -545,10 +545,11 @@ def main(args):
     except (ValueError, OSError, OverflowError) as error:
         end(error, 2)
     except (RuntimeError, MemoryError) as error:
-        text = repr(error).lower()
-        if "memory" not in text and "alloc" not in text:
+        # What memory's end is called by Python, by CUDA, by CUDA's libraries, and on a CPU.
+        names = ("MemoryError", "out of memory", "ALLOC_FAILED", "can't allocate memory")
+        if not any(name in repr(error) for name in names):
             raise
-        end("out of memory: take a smaller --batch-size", 2)
+        end("out of memory: take a smaller --batch-size or a smaller network", 2)
 
 
 if __name__ == "__main__":

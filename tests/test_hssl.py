@@ -205,7 +205,7 @@ def test_elements_that_do_not_fit(group, shape):
     good = group.elements[:2]
     for call, inputs in ((group.T, x), (group.Γ, z), (group.view, z)):
         for wrong in (good[:1], good[0], good[..., None], good.double(), good.to(torch.int8)):
-            with pytest.raises(ValueError, match="integers"):
+            with pytest.raises(ValueError, match="must be torch.int64"):
                 call(wrong, inputs)
         if group.elements.min() == 0:
             call(good - 100, inputs)    # any integers name an element of a circle

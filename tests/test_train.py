@@ -308,14 +308,14 @@ def overflowing(h1, h2, temperature):
     return nt_xent(h1, h2, temperature)
 
 
-@pytest.mark.parametrize("scale, message", ((2.0**16, "in 6 of 6"), (2.0**-58, "in 3 of 3")))
+@pytest.mark.parametrize("scale, message", ((2.0**16, 6), (2.0**-58, 1)))
 def test_float16_that_overflows_all_the_time(scale, message, tmp_path, monkeypatch, capsys):
     """Nothing is trained, or the scale is as good as zero: that is no success."""
     scaler = functools.partial(torch.amp.GradScaler, init_scale=scale)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     monkeypatch.setattr(train, "nt_xent", overflowing)
     line = one_line(capsys, 1, train_here, tmp_path, amp="float16")
-    assert f"float16 overflowed {message} steps" in line
+    assert f"float16 still overflows after {message} steps" in line
     assert not (tmp_path / "probe.json").exists()
 
 
