@@ -26,7 +26,7 @@ import data as datasets
 from hssl import readout
 from layers import DenseBackbone, MNISTBackbone, ResidualBackbone, Untied
 
-PENALTIES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)    # L2 of the linear classifier
+PENALTIES = (0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)    # L2 of the linear classifier
 
 
 # ------------------------------------------------------------------------------------ a run's files
