@@ -49,13 +49,12 @@ class Dataset:
         for split in ("train", "test"):
             images = getattr(self, f"{split}_images")
             labels = getattr(self, f"{split}_labels")
-            n = len(images)
-            if images.dtype != torch.uint8 or images.ndim != 4 or n == 0:
-                raise ValueError(f"{split} images must be (N, C, H, W) torch.uint8, N at least 1, "
-                                 f"but are {tuple(images.shape)} {images.dtype}")
-            if labels.dtype != torch.int64 or labels.shape != (n,):
-                raise ValueError(f"{split} labels must be ({n},) torch.int64, one an image, "
-                                 f"but are {tuple(labels.shape)} {labels.dtype}")
+            types = (images.dtype, labels.dtype)
+            fits = types == (torch.uint8, torch.int64) and labels.shape == images.shape[:1]
+            if not fits or images.ndim != 4 or len(images) == 0:
+                raise ValueError(f"{split} images must be (N, C, H, W) torch.uint8, N at least 1, and "
+                                 f"labels (N,) torch.int64, but are {tuple(images.shape)} "
+                                 f"{images.dtype} and {tuple(labels.shape)} {labels.dtype}")
             low, high = labels.aminmax()
             if (low < 0 or high >= self.classes) and not low == high == -1:
                 raise ValueError(f"{split} labels go from {low} to {high}, with {self.classes} "

@@ -104,19 +104,6 @@ def test_equivariance_for_every_element(backbone, options, group):
     assert errors.max() < TOLERANCE, errors
 
 
-@exact
-def test_elements_may_differ_within_a_batch(backbone, options, group):
-    """T_g, Γ_g and view act on each image by its own g: the same as one image at a time."""
-    x = images()
-    z = make(backbone, options)(x)
-    g = group.elements[torch.randint(len(group.elements), (BATCH,))]
-    for act, inputs in ((group.T, x), (group.Γ, z), (group.view, z)):
-        together = act(g, inputs)
-        for i in range(BATCH):
-            alone = act(g[i:i + 1], inputs[i:i + 1])
-            assert torch.equal(together[i], alone[0])
-
-
 def cosines(h1, h2):
     """Another objective: that of SimSiam, without its predictor."""
     return -nn.functional.cosine_similarity(h1, h2.detach()).mean()

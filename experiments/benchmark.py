@@ -14,6 +14,7 @@ those of MNIST's network in its full width, on random images. The sides of a row
 """
 import argparse
 import importlib.util
+import itertools
 import operator
 import os
 import shutil
@@ -22,21 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 from torch.profiler import ProfilerActivity, profile
 
-import report
+import report    # comes first: it puts the project's folder on the path
 import tables
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import probe    # noqa: E402
-from lars import LARS    # noqa: E402
+from report import ROOT
+import probe
+from lars import LARS
 
 ROWS = ("step", "a-ssl", "evaluate", "command", "memory", "error")
 
@@ -70,20 +68,18 @@ class Step:
     def __init__(self, folder, loss, group_name, batch_size, device, amp="off"):
         hssl = load(folder, "hssl")
         groups = {
-            "translation": (1, hssl.Translation(7, 4, 4)),
-            "rotation": (4, hssl.Rotation(4)),
-            "scale": (3, hssl.Scale(3, 1.41)),
+            "translation": (1, hssl.Translation(7, 4, 4), 4 * 4),
+            "rotation": (4, hssl.Rotation(4), 7 * 7),
+            "scale": (3, hssl.Scale(3, 1.41), 7 * 7),
         }
-        group_size, group = groups[group_name]
+        group_size, group, positions = groups[group_name]
         torch.manual_seed(0)    # Weights are equal where both sides draw them in the same order.
         x = torch.rand(batch_size, 1, 28, 28)
         pairs = hssl.allowed_pairs(group)
         chosen = pairs[torch.randint(len(pairs), (batch_size,))]    # (B, 2)
         g1, g2 = group.elements[chosen].to(device).unbind(1)
         encoder = load(folder, "layers").MNISTBackbone(group_name, group_size)
-        with torch.no_grad():
-            view = group.base(encoder(x[:1]))
-        head = hssl.ProjectionHead(view.numel(), 512, 128)
+        head = hssl.ProjectionHead(95 * positions, 512, 128)
         self.networks = nn.ModuleList([encoder, head]).to(device)
         self.loss = getattr(hssl, loss)
         self.fixed = (load(folder, "losses").nt_xent, group)
@@ -94,27 +90,24 @@ class Step:
         self.scaler = torch.amp.GradScaler(device, enabled=amp == "float16")
 
     def __call__(self):
+        """Take a step; how many seconds it took."""
+        start = time.perf_counter()
         with probe.precision(*self.precision):
             loss = self.loss(*self.networks, *self.fixed, *self.inputs)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if loss.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
 
-def step_seconds(step, device):
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak_memory(step, device):
+def peak_memory(step):
     """The most bytes that one step's tensors hold beyond what was held before."""
     step()    # By the second call the GPU's kernels are chosen.
     step.optimizer.zero_grad()    # The profiler does not see that older tensors are freed.
-    if device == "cuda":
+    if step.inputs[0].is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
@@ -122,17 +115,15 @@ def peak_memory(step, device):
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    held = 0
-    peak = 0
     events = profiler.profiler.kineto_results.events()
+    changes = []
     for event in sorted(events, key=operator.methodcaller("start_ns")):
         if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+            changes.append(event.nbytes())
+    return max(itertools.accumulate(changes))
 
 
-def gradient_error(step, device):
+def gradient_error(step):
     """The error of a step's float32 gradient beside the float64 one, as a part of its norm."""
     gradients = []
     for dtype in (torch.float32, torch.float64):
@@ -148,32 +139,32 @@ EVALUATE = """
 import sys, time, torch
 import data, layers, probe
 torch.manual_seed(0)
-encoder = layers.MNISTBackbone(widths=(16, 32, 64), kernel_size=3).to(sys.argv[1])
-glyphs = data.load("glyphs", device=sys.argv[1])
+encoder = layers.MNISTBackbone(widths=(16, 32, 64), kernel_size=3).to(sys.argv[2])
+glyphs = data.load("glyphs", device=sys.argv[2])
 start = time.perf_counter()
 probe.evaluate(encoder, glyphs, update_statistics=True)
 print(time.perf_counter() - start)
 """
 
 
-def evaluate_seconds(folder, device):
-    """The time of probe.evaluate, both readouts, for a random encoder."""
-    return float(run(sys.executable, "-c", EVALUATE, device, folder=folder))
-
-
-def command_seconds(folder, device):
+def program_seconds(row, folder, device):
+    """The time of a folder's train.py, or of probe.evaluate, both readouts, for a random encoder,
+    which EVALUATE prints."""
+    if row == "evaluate":
+        return float(run(sys.executable, "-c", EVALUATE, "--device", device, folder=folder))
     with tempfile.TemporaryDirectory() as empty:
         start = time.perf_counter()
         run(sys.executable, f"{folder}/train.py", "--device", device, folder=empty)
         return time.perf_counter() - start
 
 
-def compare(title, seconds, side, reference, args):
-    """Take the times of two sides in turn: a record for the table and the file."""
+def compare(title, side, reference, repeats):
+    """Take the times of two sides in turn, functions that return seconds: a record for the table
+    and the file."""
     record = dict(title=title, seconds=[], reference_seconds=[])
-    for _ in range(args.repeats):
-        record["seconds"].append(seconds(side, args.device))
-        record["reference_seconds"].append(seconds(reference, args.device))
+    for _ in range(repeats):
+        record["seconds"].append(side())
+        record["reference_seconds"].append(reference())
     return record
 
 
@@ -182,20 +173,19 @@ def compare_steps(title, side, reference, args):
     for group in ("translation", "rotation", "scale"):
         for amp in args.amp:
             settings = (group, args.batch_size or 64, args.device, amp)
-            steps = [Step(*side, *settings), Step(*reference, *settings)]
-            memory = [peak_memory(step, args.device) for step in steps]
+            first = Step(*side, *settings)
+            second = Step(*reference, *settings)
+            memory = dict(memory=peak_memory(first), reference_memory=peak_memory(second))
             words = f"{title}, {group}, {amp.replace('off', 'float32')}"
-            record = compare(words, step_seconds, *steps, args)
-            yield record | dict(memory=memory[0], reference_memory=memory[1])
+            yield compare(words, first, second, args.repeats) | memory
 
 
-def compare_large(quantity, measure, group, args):
-    """The record of a memory or an error at the paper's batch."""
-    record = dict(title=f"{quantity} of a large step, {group}, now / {args.against}")
-    for name, folder in ((quantity, ROOT), (f"reference_{quantity}", args.folder)):
-        step = Step(folder, "h_ssl_loss", group, args.batch_size or 4096, args.device)
-        record[name] = measure(step, args.device)
-    return record
+# Quantities at the paper's batch: row, group, what measures a Step.
+LARGE = (
+    ("memory", "scale", peak_memory),
+    ("error", "translation", gradient_error),
+    ("error", "scale", gradient_error),
+)
 
 
 def records_of(row, args):
@@ -207,15 +197,17 @@ def records_of(row, args):
         yield from compare_steps(f"H-SSL, {args.against} / now", theirs, ours, args)
     if row == "a-ssl":
         yield from compare_steps("A-SSL / H-SSL", (ROOT, "a_ssl_loss"), ours, args)
-    if row == "evaluate":
-        yield compare(f"probe.evaluate, {versus}", evaluate_seconds, ROOT, args.folder, args)
-    if row == "command":
-        yield compare(f"train.py, {versus}", command_seconds, ROOT, args.folder, args)
-    if row == "memory":
-        yield compare_large(row, peak_memory, "scale", args)
-    if row == "error":
-        yield compare_large(row, gradient_error, "translation", args)
-        yield compare_large(row, gradient_error, "scale", args)
+    if row in ("evaluate", "command"):
+        now = partial(program_seconds, row, ROOT, args.device)
+        before = partial(program_seconds, row, args.folder, args.device)
+        yield compare(f"{row}, {versus}", now, before, args.repeats)
+    for quantity, group, measure in LARGE:
+        if quantity == row:
+            record = dict(title=f"{row} of a large step, {group}, {versus}")
+            for name, folder in ((row, ROOT), (f"reference_{row}", args.folder)):
+                step = Step(folder, "h_ssl_loss", group, args.batch_size or 4096, args.device)
+                record[name] = measure(step)
+            yield record
 
 
 def table_line(record):
@@ -238,8 +230,7 @@ def table_line(record):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="benchmark.py [--against REVISION] [--rows ROW ...] [--help] ...")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--against", metavar="REVISION", help="what to compare with (none)")

@@ -5,15 +5,9 @@
 A crop is what H-SSL's window stands on: --base-space positions of the encoder's stride a side, with
 corners that are at most --max-distance positions apart. The encoder sees the crop alone.
 """
-import sys
-from pathlib import Path
-
-import report
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import train    # noqa: E402
-from hssl import Translation    # noqa: E402
+import report    # comes first: it puts the project's folder on the path
+import train
+from hssl import Translation
 
 
 class Crops(Translation):

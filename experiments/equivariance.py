@@ -18,7 +18,6 @@ import argparse
 import importlib
 import os
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,7 +26,7 @@ import report
 
 # The current folder comes first for what is measured, and what measures it. The project's other
 # modules are imported where they are needed, as MODULE may have files of their names beside it.
-sys.path[:0] = [os.getcwd(), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, os.getcwd())
 
 import hssl    # noqa: E402
 import layers    # noqa: E402
@@ -35,38 +34,26 @@ import layers    # noqa: E402
 sys.path.remove(os.getcwd())
 
 
-class GroupAxis(nn.Module):
-    """Maps (B, C, H, W) become features with one group element, (B, C, 1, H, W)."""
-
-    def forward(self, z):
-        return z.unsqueeze(2) if z.ndim == 4 else z
-
-
-class FinerTranslation(hssl.Translation):
-    """The shifts and the window of a group for an earlier layer, which has more positions."""
-
-    def __init__(self, group, side, stride):
-        super().__init__(side, 1, stride, group.circular)    # a window of 1 allows all shifts
-        finer = group.stride // stride
-        first = group.corner * finer
-        self.elements = group.elements * finer
-        self.window = slice(first, first + group.base_size * finer)
-
-    def base(self, z):
-        return z[:, :, :, self.window, self.window]
-
-
 def layer_error(f, group, x):
     """The mean error of f, images to features (B, C, G, H, W), or None if left out."""
     z = f(x[:1])
-    if z.ndim != 5:
-        return None
     if isinstance(group, hssl.Translation):
+        if z.ndim == 4:    # Maps (B, C, H, W) have one group element.
+            f = nn.Sequential(f, nn.Unflatten(1, (-1, 1)))
+            z = f(x[:1])
         side = z.shape[-1]
         stride = x.shape[-1] // side
         if x.shape[-1] % side or group.stride % stride:
             return None
-        group = FinerTranslation(group, side, stride)
+        # An earlier layer has more positions, and the same shifts and window in pixels.
+        times = group.stride // stride
+        finer = hssl.Translation(side, 1, stride, group.circular)    # a window of 1: all shifts
+        finer.elements = group.elements * times
+        finer.corner = group.corner * times
+        finer.base_size = group.base_size * times
+        group = finer
+    if z.ndim != 5:
+        return None
     moves = group.elements.reshape(len(group.elements), -1).any(1)    # all but the identity
     if not moves.any():
         raise ValueError("the group has no element but the identity, so nothing moves: take a "
@@ -83,8 +70,6 @@ def layer_errors(network, group, x):
         # In place of Untied's own forward: these two work after any layer.
         last = [nn.Flatten(1, 2), nn.Unflatten(1, (-1, network.group_size))]
         network = network.network
-    elif isinstance(group, hssl.Translation):
-        last = [GroupAxis()]
     modules = [network]
     if isinstance(network, getattr(layers, "Backbone", ())):
         modules = network.layers
@@ -99,19 +84,19 @@ def layer_errors(network, group, x):
     return errors
 
 
-def fresh_networks(images=50, train_images=500):
+def fresh_networks():
     """Networks as they begin, on test images of glyphs: {column: {layer: error}}.
 
-    Batch norm has the statistics of so many training images. Quarter turns by the untied network
-    show what an error without any structure is.
+    Batch norm has the statistics of 500 training images. Quarter turns by the untied network show
+    what an error without any structure is.
     """
     import data as datasets
     import probe
 
     torch.manual_seed(0)
     backbone = layers.MNISTBackbone
-    data = datasets.load("glyphs", train_images=train_images)
-    x = data.batch(data.test_images, torch.arange(images))
+    data = datasets.load("glyphs", train_images=500)
+    x = data.batch(data.test_images, torch.arange(50))
     columns = {}
     for title, network, group in (
         ("translation", backbone(), hssl.Translation(7, 4, 4)),

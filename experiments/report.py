@@ -1,17 +1,18 @@
 """Print a table of results as Markdown.
 
-    python experiments/report.py NAME [means | differences]
+    python experiments/report.py NAME
 
 The runs come from results/NAME.json, which tables.py writes.
 
-means: frozen → trained encoder, each as mean ± standard deviation over n whole trainings. Linear
-is the linear classifier and neighbours the vote of the 20 nearest, both top-1 on test images in
-percent. They read the maps averaged to --probe-grid, 2x2 here, and under "mean" the mean over all
-positions. Rank is the effective rank. Time is that of the training steps, the median of the runs.
+First means, of the frozen → trained encoder: mean ± standard deviation over n whole trainings.
+Linear is the linear classifier and neighbours the vote of the 20 nearest, both top-1 on test images
+in percent. They read the maps averaged to --probe-grid, 2x2 here, and under "mean" the mean over
+all positions. Rank is the effective rank. Time is that of the training steps, the median of the
+runs.
 
-differences: the mean difference of two rows over the n seeds that both have, with its 95 % interval
-by Student's t, from three seeds on. It speaks of other seeds, not of other images, and each
-interval stands alone. ≈ marks what is equivalent within ±0.5 points, by two one-sided tests at 5 %.
+Then the mean difference of two rows over the n seeds that both have, with its 95 % interval by
+Student's t, from three seeds on. It speaks of other seeds, not of other images, and each interval
+stands alone.
 """
 import argparse
 import json
@@ -21,19 +22,12 @@ import statistics
 import sys
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
-PARTS = ("means", "differences")
-# Fixed before the runs: encoders that differ by less are equivalent.
-MARGIN = 0.5
-# What Student's t of n seeds stays below with a probability of 97.5 %, for intervals, and of 95 %,
-# for equivalence. Between two of these n the smaller one is taken, which makes intervals wider.
-STUDENT_T = {
-    3: (4.3027, 2.9200),
-    4: (3.1824, 2.3534),
-    5: (2.7764, 2.1318),
-    7: (2.4469, 1.9432),
-    10: (2.2622, 1.8331),
-}
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+sys.path.insert(0, str(ROOT))    # for all scripts, which import this one first
+
+# What Student's t of 3 to 12 seeds stays below with a probability of 97.5 %.
+STUDENT_T = [4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010]
 MEASURES = {
     "linear": "top1",
     "linear, mean": "mean_top1",
@@ -42,19 +36,12 @@ MEASURES = {
     "rank": "effective_rank",
 }
 # Rows to compare, besides those whose names say it: see `pairs`.
-COMPARISONS = {
-    "work": [
-        ("h-ssl, 16 epochs", "a-ssl, 8 epochs"),
-        ("h-ssl, 16 epochs", "simclr, 8 epochs"),
-        ("h-ssl on two augmented copies, 8 epochs", "simclr, 8 epochs"),
-    ],
-    "base-space": [("h-ssl 5", "h-ssl 1"), ("a-ssl 5", "a-ssl 1")],
-    "distance": [("h-ssl 5", "h-ssl 1"), ("a-ssl 5", "a-ssl 1")],
-    "cifar10": [("h-ssl", "simclr")],
-}
+COMPARISONS = [
+    ("h-ssl, 16 epochs", "a-ssl, 8 epochs"),
+    ("h-ssl, 16 epochs", "simclr, 8 epochs"),
+    ("h-ssl on two augmented copies, 8 epochs", "simclr, 8 epochs"),
+]
 
-
-# -------------------------------------------------------------------------------- files and the end
 
 def read_json(path):
     """The content of a JSON file. Raises a ValueError that names the file if it is not JSON."""
@@ -67,8 +54,6 @@ def read_json(path):
 def read_runs(name):
     """All runs of a table, a list of records. Raises a ValueError if there are none."""
     path = RESULTS / f"{name}.json"
-    if not path.exists():
-        raise ValueError(f"{path} is missing: tables.py trains the runs and writes it")
     content = read_json(path)
     if not content.get("runs"):
         raise ValueError(f"{path} holds no runs of tables.py")
@@ -98,8 +83,6 @@ def run(function, *arguments):
         sys.exit(2)
 
 
-# --------------------------------------------------------------------------------------- statistics
-
 def values(runs, row, measure, frozen=False):
     """{seed: value} of a row by a measure; frozen: before the training. Empty without labels."""
     found = {}
@@ -127,31 +110,12 @@ def paired(a, b):
     return n, mean, error
 
 
-def student_t(n):
-    """The two numbers of STUDENT_T for n seeds, n at least 3."""
-    return STUDENT_T[max(count for count in STUDENT_T if count <= n)]
-
-
-def equivalent(n, mean, error):
-    """Two one-sided tests at 5 %: the 90 % interval lies within ±MARGIN."""
-    if n < 3:
-        return False
-    _, one_sided = student_t(n)
-    return abs(mean) + one_sided * error < MARGIN
-
-
-# ----------------------------------------------------------------------------------------- Markdown
-
 def line(*cells):
     return f"| {' | '.join(cells)} |"
 
 
 def heading(*titles):
     return [line(*titles), "| --- " * len(titles) + "|"]
-
-
-def signed(x):
-    return f"{x:+.2f}".replace("-", "−")
 
 
 def mean_cell(found, digits=2):
@@ -169,14 +133,11 @@ def difference_cell(a, b):
     n, mean, error = paired(a, b)
     if n == 0:
         return "–"
-    text = signed(mean)
+    text = f"{mean:+.2f}"
     if n >= 3:
-        two_sided, _ = student_t(n)
-        half_width = two_sided * error
-        text += f" [{signed(mean - half_width)}, {signed(mean + half_width)}]"
-    if equivalent(n, mean, error):
-        text += " ≈"
-    return text
+        half_width = STUDENT_T[min(n, 12) - 3] * error
+        text += f" [{mean - half_width:+.2f}, {mean + half_width:+.2f}]"
+    return text.replace("-", "−")
 
 
 def in_words(seconds):
@@ -207,21 +168,20 @@ def means(runs):
     return lines
 
 
-def pairs(rows, name):
+def pairs(rows):
     """The rows to compare: H-SSL with A-SSL, "ROW, CHANGE" with ROW, and those of COMPARISONS."""
     found = []
     for row in rows:
         others = [row.replace("h-ssl", "a-ssl"), row.rpartition(",")[0]]
         found += [(row, other) for other in others if other in rows and other != row]
-    found += [pair for pair in COMPARISONS.get(name, []) if set(pair) <= set(rows)]
-    return found
+    return found + [pair for pair in COMPARISONS if set(pair) <= set(rows)]
 
 
-def differences(runs, name):
+def differences(runs):
     """A line per comparison: each row with its frozen encoder, then `pairs`."""
     rows = rows_of(runs)
     comparisons = [(row, row, True) for row in rows]
-    comparisons += [(row, other, False) for row, other in pairs(rows, name)]
+    comparisons += [(row, other, False) for row, other in pairs(rows)]
     titles = [title for title in MEASURES if title != "rank"]
     lines = heading("difference", "n", *titles)
     for row, other, frozen in comparisons:
@@ -236,46 +196,21 @@ def differences(runs, name):
     return lines
 
 
-def caption(runs, name):
-    """What the runs were made with, in a line."""
-    words = []
-    for key in ("machine", "torch", "commit"):
-        found = set()
-        for run in runs:
-            word = run.get(key) or "not recorded"
-            if key == "commit" and run.get("dirty"):
-                word += " with changes"
-            found.add(word)
-        words.append(f"{key} {' or '.join(sorted(found))}")
-    return f"Table {name}: {'; '.join(words)}."
-
-
-def table(name, part=None):
-    """A table's Markdown: one of PARTS alone, or all under a caption.
-
-    Raises a ValueError if there are no results.
-    """
+def table(name):
+    """Both tables as Markdown. Raises a ValueError if there are no results."""
     runs = read_runs(name)
-    if part == "means":
-        lines = means(runs)
-    elif part == "differences":
-        lines = differences(runs, name)
-    else:
-        lines = [caption(runs, name), "", *means(runs), "", *differences(runs, name)]
-    return "\n".join(lines)
+    return "\n".join([*means(runs), "", *differences(runs)])
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="report.py NAME [means | differences]")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", help="of the table")
-    parser.add_argument("part", nargs="?", choices=PARTS, help="print this part alone")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    print(table(**vars(parse(argv))))
+    print(table(parse(argv).name))
 
 
 if __name__ == "__main__":

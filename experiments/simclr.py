@@ -1,6 +1,6 @@
 """SimCLR (Chen et al. 2020), and H-SSL on augmented images, with the networks of train.py.
 
-    python experiments/simclr.py --method {simclr,h-ssl} [flags of train.py]
+    python experiments/simclr.py --method {simclr,h-ssl} --out FOLDER [flags of train.py]
 
 Both encode two augmented copies of every image in a step. simclr compares the two by their whole
 maps, so the group only chooses the network. h-ssl reads two views from the features of each copy,
@@ -12,22 +12,17 @@ H W space.
 import argparse
 import math
 import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import report
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import probe    # noqa: E402
-import train    # noqa: E402
-from hssl import ProjectionHead, allowed_pairs, readout    # noqa: E402
+import report    # comes first: it puts the project's folder on the path
+import probe
+import train
+from hssl import ProjectionHead, allowed_pairs, readout
 
 
-def augment(x, generator=None):
+def augment(x, generator):
     """Each of square, normalised images x (B, C, H, H) moved, bent and with noise, in its own way.
 
     An image is turned by up to 20 degrees, enlarged or shrunk by up to a quarter, stretched by up
@@ -36,19 +31,21 @@ def augment(x, generator=None):
     """
     count = len(x)
     side = x.shape[-1]
-    options = dict(generator=generator, device=x.device, dtype=x.dtype)
+    options = dict(generator=generator, device=x.device)
     uniform = 2 * torch.rand(6, count, **options) - 1    # -1 to 1
     angle, size, stretch, shear, down, right = uniform.unbind()
 
     # Each output position, moved back, says where in the image to look.
     angle = angle * math.pi / 9
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    cosine = angle.cos()
+    sine = angle.sin()
     width = torch.exp(0.22 * size + 0.1 * stretch)
     height = torch.exp(0.22 * size - 0.1 * stretch)
-    zero = torch.zeros_like(size)
-    deform = torch.stack([width, 0.2 * shear, zero, height], 1).view(-1, 2, 2)
-    shift = 0.15 * torch.stack([right, down], 1)[:, :, None]
-    affine = torch.cat([turn @ deform, shift], 2)    # (B, 2, 3)
+    shear = 0.2 * shear
+    # A turn times [[width, shear], [0, height]], and the shift.
+    top = [cosine * width, cosine * shear - sine * height, 0.15 * right]
+    bottom = [sine * width, sine * shear + cosine * height, 0.15 * down]
+    affine = torch.stack(top + bottom, 1).unflatten(1, (2, 3))    # (B, 2, 3)
     grid = F.affine_grid(affine, (count, 1, side, side), align_corners=False)
     bend = 0.08 * torch.randn(count, 2, 4, 4, **options)
     bend = F.interpolate(bend, (side, side), mode="bicubic")
@@ -63,25 +60,20 @@ def multi_view_nt_xent(*views, temperature=0.1):
 
     The loss is the mean over partners, and over projections, of -log softmax of cos/τ among the
     V·N - 1 others, as in the supervised contrastive loss (Khosla et al. 2020, Eq. 2) with each
-    image for a class. For two views it is `nt_xent`. Computed in float32 at least. Raises a
-    ValueError for views of other or different shapes.
+    image for a class. For two views it is `nt_xent`. Computed in float32 at least.
     """
-    shapes = {tuple(view.shape) for view in views}
-    if len(shapes) > 1 or views[0].ndim != 2:
-        raise ValueError(f"views must all be (N, D), but are {sorted(shapes)}")
     h = torch.cat(views)
     h = h.to(torch.promote_types(h.dtype, torch.float32))
     h = F.normalize(h, dim=1)    # (V·N, D)
-    rows = torch.arange(len(h), device=h.device)
-    partners = []
-    for view in range(1, len(views)):
-        partners.append(rows.roll(view * len(views[0])))
-    partner_index = torch.stack(partners, 1)    # (V·N, V - 1)
+    (count,) = {len(view) for view in views}    # a ValueError if they differ
+    image = torch.arange(len(h), device=h.device) % count    # (V·N,)
+    partners = image == image[:, None]    # (V·N, V·N)
+    partners.fill_diagonal_(False)
     with torch.autocast(h.device.type, enabled=False):
         logits = (h / temperature) @ h.T    # (V·N, V·N): cos/τ
         logits.fill_diagonal_(float("-inf"))
         log_probability = logits.log_softmax(1)
-        return -log_probability.gather(1, partner_index).mean()
+    return -log_probability[partners].mean()
 
 
 class Augmented(train.SelfSupervised):
@@ -106,8 +98,8 @@ class Augmented(train.SelfSupervised):
             if self.group is None:
                 views.append(self.head(z))    # (B, D)
             else:
-                views.append(self.head(self.group.view(g1, z)))
-                views.append(self.head(self.group.view(g2, z)))
+                for g in (g1, g2):
+                    views.append(self.head(self.group.view(g, z)))
         return multi_view_nt_xent(*views, temperature=self.temperature)
 
 
@@ -124,7 +116,8 @@ def make_objective(args, classes):
         group = train.make_group(args, encoder.stride)
         view = group.base(view)
         pairs = group.elements[allowed_pairs(group, args.max_distance)]
-    head = ProjectionHead(readout(view, args.grid).shape[1], *args.head_widths, args.grid)
+    width = readout(view, args.grid).shape[1]
+    head = ProjectionHead(width, *args.head_widths, args.grid)
     return Augmented(encoder, head, group, args.temperature, args.seed).train(), pairs
 
 
@@ -133,13 +126,11 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      epilog="Other flags are train.py's.")
     parser.add_argument("--method", choices=("simclr", "h-ssl"), required=True)
-    parser.add_argument("--out", help="the run's folder (runs/DATASET-augmented-METHOD-GROUP-SEED)")
     own, others = parser.parse_known_args(argv)
     args = train.parse(others)
     args.method = own.method
     if own.method == "h-ssl":
         args.method = "h-ssl on copies"
-    args.out = own.out or f"runs/{args.dataset}-augmented-{own.method}-{args.group}-{args.seed}"
     return args
 
 

@@ -26,15 +26,10 @@ from pathlib import Path
 
 import torch
 
-import report
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import data as datasets    # noqa: E402
-import probe    # noqa: E402
-
-
-# --------------------------------------------------------------------------------------- the tables
+import report    # comes first: it puts the project's folder on the path
+from report import ROOT
+import data as datasets
+import probe
 
 # Settings were chosen on held-out training images with seeds from 100 on.
 
@@ -59,7 +54,6 @@ CIFAR10 = ("--dataset cifar10 --device cpu --amp bfloat16 --group translation --
            "--trust-coefficient 0.03 --base-space 6 --grid 2 --probe-grid 2")
 SIMCLR = "experiments/simclr.py --method simclr"
 AUGMENTED = "experiments/simclr.py --method h-ssl"
-CROPS = "experiments/crops.py"
 
 
 def table1(settings):
@@ -74,10 +68,10 @@ def table1(settings):
 def untied(settings):
     """Each row with and without structure."""
     rows = {}
-    for group, flags in settings.items():
-        for method in ("a-ssl", "h-ssl"):
-            rows[f"{group} {method}"] = f"{flags} --method {method}"
-            rows[f"{group} {method}, untied"] = f"{flags} --method {method} --structure none"
+    for row, flags in table1(settings).items():
+        if not row.endswith("supervised"):
+            rows[row] = flags
+            rows[f"{row}, untied"] = f"{flags} --structure none"
     return rows
 
 
@@ -92,7 +86,7 @@ def sweep(flags, changed, fixed):
     for value in (1, 2, 3, 5):
         common = f"{flags} --grid 0 {changed} {value} {fixed}"
         rows[f"h-ssl {value}"] = f"{common} --method h-ssl"
-        rows[f"a-ssl {value}"] = f"{CROPS} {common} --method a-ssl"
+        rows[f"a-ssl {value}"] = f"experiments/crops.py {common} --method a-ssl"
     return rows
 
 
@@ -101,6 +95,8 @@ def paper(dataset):
     return {group: f"--dataset {dataset} --group {group}" for group in SMALL}
 
 
+PAPER = paper("mnist")
+ON_A_CPU = f"{PAPER['translation']} --method h-ssl --device cpu --amp bfloat16"
 WORK = {
     "h-ssl, 8 epochs": f"{TRANSLATION} --method h-ssl --epochs 8",
     "h-ssl, 16 epochs": f"{TRANSLATION} --method h-ssl --epochs 16",
@@ -108,14 +104,10 @@ WORK = {
     "simclr, 8 epochs": f"{SIMCLR} {TRANSLATION} --epochs 8",
     "h-ssl on two augmented copies, 8 epochs": f"{AUGMENTED} {TRANSLATION} --epochs 8",
 }
-ON_A_CPU = {
-    "translation h-ssl, on a CPU":
-        f"{paper('mnist')['translation']} --method h-ssl --device cpu --amp bfloat16",
-}
 # table -> row -> flags of train.py, or another script and its flags
 TABLES = {
     "mnist": table1(SMALL),
-    "untied-mnist": untied({"translation": SMALL["translation"], "rotation": SMALL["rotation"]}),
+    "untied-mnist": untied({group: SMALL[group] for group in GLYPHS}),
     "untied-glyphs": untied(GLYPHS),
     "base-space": sweep(f"{NARROW} --epochs 8", "--base-space", "--max-distance 2"),
     "distance": sweep(f"{NARROW} --epochs 8", "--max-distance", "--base-space 2"),
@@ -124,16 +116,14 @@ TABLES = {
         "h-ssl": f"{CIFAR10} --method h-ssl --epochs 4",
         "simclr": f"{SIMCLR} {CIFAR10} --epochs 2",
     },
-    "paper-mnist": table1(paper("mnist")) | ON_A_CPU,
+    "paper-mnist": table1(PAPER) | {"translation h-ssl, on a CPU": ON_A_CPU},
     "paper-cifar10": table1(paper("cifar10")),
     "paper-tiny-imagenet": table1(paper("tiny-imagenet")),
-    "paper-untied": untied(paper("mnist")),
-    "paper-base-space": sweep(paper("mnist")["translation"], "--base-space", "--max-distance 2"),
-    "paper-distance": sweep(paper("mnist")["translation"], "--max-distance", "--base-space 2"),
+    "paper-untied": untied(PAPER),
+    "paper-base-space": sweep(PAPER["translation"], "--base-space", "--max-distance 2"),
+    "paper-distance": sweep(PAPER["translation"], "--max-distance", "--base-space 2"),
 }
 
-
-# ----------------------------------------------------------------------------------------- training
 
 def machine(device, processes=1):
     """The machine's processor, or the GPUs of as many processes, in words."""
@@ -143,26 +133,18 @@ def machine(device, processes=1):
 
 
 def commit():
-    """What commit is checked out, and whether code has changed since."""
-    head = git("rev-parse", "--short=10", "HEAD")
-    changed = git("status", "--porcelain", "--", "*.py") != ""
-    return head, changed
-
-
-def git(*arguments):
-    """What git prints here; nothing without git, or outside a repository."""
-    try:
-        finished = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return finished.stdout.strip()
+    """What commit is checked out, and whether code has changed since; nothing without git."""
+    printed = []
+    for command in ("git rev-parse --short=10 HEAD", 'git status --porcelain -- "*.py"'):
+        ended = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        printed.append(ended.stdout.strip())
+    return printed[0], printed[1] != ""
 
 
 def write_json(folder, name, content):
     """Write FOLDER/NAME.json."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    probe.write_whole(folder / f"{name}.json", json.dumps(content, indent=1).encode())
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    probe.write_whole(f"{folder}/{name}.json", json.dumps(content, indent=1).encode())
 
 
 def split_script(flags):
@@ -272,7 +254,7 @@ def train_table(args):
     running = {}
     try:
         while waiting or running:
-            while waiting and len(running) < args.jobs:
+            while waiting and len(running) < max(1, args.jobs):
                 row, seed = waiting.pop(0)
                 running[row, seed] = start(args, row, seed)
             time.sleep(0.1)
@@ -288,7 +270,7 @@ def train_table(args):
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, usage="tables.py NAME [--seeds 0 1 2] [--jobs 2] [--help] ...")
+        allow_abbrev=False)
     add = parser.add_argument
     add("name", metavar="NAME", choices=TABLES, help="of the table")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
@@ -306,8 +288,6 @@ def parse(argv=None):
     for row in args.chosen:
         if row not in args.rows:
             parser.error(f"there is no row {row!r}, only {'; '.join(args.rows)}")
-    if args.jobs < 1:
-        parser.error(f"--jobs is {args.jobs}, but must be at least 1")
     args.commit = commit()
     return args
 

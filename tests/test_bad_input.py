@@ -37,6 +37,7 @@ FLAGS = {
     "--structure none --widths 2 3 4 5": "three --widths",
     "--structure none --group translation --group-size 2": "--group-size",
     "--kernel-size 4": "odd",
+    "--kernel-size 29": "28 pixels",
     "--padding circular --kernel-size 17": "smaller kernel",
     "--base-space 8": "1 to 7",
     "--base-space 7": "make a pair",

@@ -46,8 +46,8 @@ def test_what_a_dataset_may_hold(split):
         ("images", images / 255, "images must be .* torch.float32"),
         ("images", images[0], "images must be"),
         ("images", images[:0], "images must be .* at least 1"),
-        ("images", images[:5], r"labels must be \(5,\) .* are \(6,\)"),
-        ("labels", labels.byte(), "labels must be .* torch.uint8"),
+        ("images", images[:5], r"images must be .* labels .* \(6,\)"),
+        ("labels", labels.byte(), "images must be .* labels .* torch.uint8$"),
         ("labels", labels + 20, "labels go from 2. to 2., with 10 classes"),
         ("labels", torch.arange(6) - 1, "labels go from -1 to 4"),
         ("labels", torch.full((6,), -2), "labels go from -2 to -2"),
@@ -96,10 +96,6 @@ def test_bad_arguments(few_glyphs):
             data.load("glyphs", train_images=count, validate=validate)
     with pytest.raises(ValueError, match="no data set 'cifar', only glyphs, mnist"):
         data.load("cifar")
-    with pytest.raises(ValueError, match="image size is for 'folder' only"):
-        data.load("glyphs", image_size=32)
-    with pytest.raises(ValueError, match="name of a folder is empty"):
-        data.load("glyphs", cache_dir="")
 
 
 def write_mnist(folder, images, labels):
@@ -124,7 +120,7 @@ def test_mnist_files(tmp_path, monkeypatch):
         assert getattr(mnist, f"{split}_labels").tolist() == (labels % 10).tolist()
     assert mnist.classes == 10 and (mnist.mean, mnist.std) == (0.0, 0.3081)
     write_mnist(tmp_path / "x", images, labels[:9])
-    with pytest.raises(ValueError, match=r"train labels must be \(22,\) .* are \(9,\)"):
+    with pytest.raises(ValueError, match=r"train images must be .* labels .* \(9,\)"):
         data.load("mnist", "~/x")
     write_mnist(tmp_path / "x", images, labels)
     with pytest.raises(ValueError, match="train labels go from 0 to 21, with 10 classes"):

@@ -90,6 +90,7 @@ class Started:
     def poll(self):
         return self.returncode
 
+
 def test_a_table_is_trained_once_and_loses_nothing(call, tmp_path, monkeypatch, few_glyphs, capsys):
     monkeypatch.setattr(subprocess, "Popen", Started)
     (first,) = call("--seeds", "0", "--only", "h-ssl", "--eval-every", "1")
@@ -121,24 +122,20 @@ def test_a_table_is_trained_once_and_loses_nothing(call, tmp_path, monkeypatch, 
 
 
 def test_a_failed_run_ends_the_table_with_its_message(call, tmp_path, capsys):
-    """What had finished before is in the file. The other runs are not started."""
-    finished = tmp_path / "runs" / "mine" / "h-ssl-3"
-    finished.mkdir(parents=True)
-    record = dict(row="h-ssl", seed=3, flags=ROWS["h-ssl"], top1=1.0)
-    (finished / "run.json").write_text(json.dumps(record))
+    """The other runs are not started."""
     program = tmp_path / "launcher.py"
     program.write_text("import sys\nsys.exit('no room for ' + sys.argv[1])\n")
     assert status_of(call, "--launcher", f"{sys.executable} {program}") == 2
     assert "no room for" in capsys.readouterr().err
-    assert [path.name for path in finished.parent.glob("*.txt")] == ["h-ssl-0.txt"]
-    assert json.loads((tmp_path / "mine.json").read_text())["runs"] == [record]
+    runs = tmp_path / "runs" / "mine"
+    assert [path.name for path in runs.glob("*.txt")] == ["h-ssl-0.txt"]
 
 
-@pytest.mark.parametrize("words, count", (("sweeps", 1), ("curves paper-mnist", 1), ("tour", 4)))
-def test_figures_of_what_is_committed(words, count, tmp_path):
+@pytest.mark.parametrize("words", ("sweeps", "curves paper-mnist"))
+def test_figures_of_what_is_committed(words, tmp_path):
     """Their requirements are their own: the project does without matplotlib."""
     pytest.importorskip("matplotlib")
     figures = importlib.import_module("figures")
     figures.main([*words.split(), "--results", str(tmp_path)])
-    sizes = [path.stat().st_size for path in tmp_path.glob("*.png")]
-    assert len(sizes) == count and min(sizes) > 5000
+    [path] = tmp_path.glob("*.png")
+    assert path.stat().st_size > 5000

@@ -70,28 +70,6 @@ def test_without_weight_decay(before, gradient, after):
     assert_is(other, [[18.0, 24.0]])
 
 
-def test_closure():
-    """It is called with gradients, before the step, and its loss is returned."""
-    w = nn.Parameter(torch.tensor([[3.0, 4.0]]))
-
-    def closure():
-        loss = w.square().sum()    # g = (6, 8), as above
-        loss.backward()
-        return loss
-
-    assert LARS([w], lr=0.4, trust_coefficient=0.5).step(closure) == 25
-    assert_is(w, [[2.4, 3.2]])
-
-
-def test_never_waits_for_the_device():
-    """On the meta device a tensor has no value, so anything that reads one (item, if) fails."""
-    w = nn.Parameter(torch.empty(3, 4, device="meta"))
-    w.grad = torch.empty_like(w)
-    optimizer = LARS([w], lr=0.1, weight_decay=1e-4)
-    optimizer.step()
-    assert w in optimizer.state
-
-
 @pytest.mark.parametrize("options", (
     dict(lr=math.nan), dict(momentum=1), dict(momentum=-0.1), dict(weight_decay=-1),
     dict(trust_coefficient=-1)))

@@ -8,6 +8,7 @@ anything that stays there. The number after "about" is a ratio of times, which n
 """
 import code
 import contextlib
+import importlib
 import io
 import re
 import sys
@@ -23,7 +24,8 @@ STEPS_THAT_TRAIN = (8, 9, 10)
 
 
 def run():
-    """Run all blocks in one session: a list of (step, what stands in TOUR.md, what was printed)."""
+    """Run all blocks in one session: a list of (step, the block, what stands below it, what was
+    printed, the variables afterwards)."""
     text = TOUR.read_text(encoding="utf-8")
     prompt = code.InteractiveConsole()
     outputs = []
@@ -34,7 +36,7 @@ def run():
             # An empty line ends an indented block.
             for line in [*block[1].splitlines(), ""]:
                 prompt.push(line)
-        outputs.append((step, block[2], printed.getvalue()))
+        outputs.append((step, block[1], block[2], printed.getvalue(), dict(prompt.locals)))
     return outputs
 
 
@@ -47,16 +49,35 @@ def close(kind, expected, printed, tolerance):
     return both_are_rounding or abs(expected - printed) <= tolerance * abs(expected)
 
 
-def test_every_step_prints_what_it_says():
-    outputs = run()
-    assert {step for step, _, _ in outputs} == set(range(1, 13))
-    for step, expected, printed in outputs:
+@pytest.fixture(scope="module")
+def outputs():
+    return run()
+
+
+def test_every_step_prints_what_it_says(outputs):
+    assert {step for step, *_ in outputs} == set(range(1, 13))
+    for step, _, expected, printed, _ in outputs:
         message = f"step {step}\n{expected}\n{printed}"
         assert printed and NUMBER.sub("#", printed) == NUMBER.sub("#", expected), message
         tolerance = 0.02 if step in STEPS_THAT_TRAIN else 1e-4
         pairs = zip(NUMBER.findall(expected), NUMBER.findall(printed), strict=True)
         for (kind, a), (_, b) in pairs:
             assert close(kind, float(a), float(b), tolerance), f"{a}, {b} in {message}"
+
+
+def test_the_pictures(outputs, tmp_path, monkeypatch):
+    """They are drawn from the variables that the blocks left: these take too long to run twice."""
+    pytest.importorskip("matplotlib")
+    figures = importlib.import_module("figures")
+    left = {block: variables for _, block, _, _, variables in outputs}
+
+    def replay(block, variables):
+        variables.update(left[block])
+
+    monkeypatch.setattr(figures, "exec", replay, raising=False)
+    figures.main(["tour", "--results", str(tmp_path)])
+    sizes = [path.stat().st_size for path in tmp_path.glob("*.png")]
+    assert len(sizes) == 4 and min(sizes) > 5000
 
 
 @pytest.mark.parametrize("kind, expected, right, wrong", (
@@ -68,7 +89,7 @@ def test_the_comparison_can_fail(kind, expected, right, wrong):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(TOUR.parent))
-    printed = [output for _, _, output in run()]
+    printed = [output for _, _, _, output, _ in run()]
 
     def with_output(block):
         return f"```python\n{block[1]}```\n```text\n{printed.pop(0)}```"

@@ -20,8 +20,6 @@ from losses import nt_xent
 pytestmark = pytest.mark.usefixtures("few_glyphs")
 
 
-# ----------------------------------------------------------------------------------------- settings
-
 # What the paper states, and our choices where it does not.
 PAPER = dict(lr=0.1, batch_size=4096, temperature=0.1, warmup_epochs=10, weight_decay=1e-4,
              momentum=0.9, trust_coefficient=0.001, kernel_size=7, max_distance=None)
@@ -36,8 +34,8 @@ RESIDUAL = dict(epochs=1300, widths=[16, 128, 256, 512])
 ))
 @pytest.mark.parametrize("group, group_size", (("translation", 1), ("rotation", 4), ("scale", 3)))
 def test_the_defaults_are_the_paper_s(dataset, shape, settings, window, group, group_size, capsys):
-    """A base space is half the map's side, rounded up, one orientation, or the middle scale. --help
-    says the same, on any console."""
+    """A base space is half the map's side, rounded up, one orientation, or the middle scale. Any
+    console can print the help."""
     flags = ["--dataset", dataset, "--group", group]
     args = train.parse(flags)
     expected = PAPER | settings | dict(group_size=group_size, method="h-ssl")
@@ -47,12 +45,7 @@ def test_the_defaults_are_the_paper_s(dataset, shape, settings, window, group, g
     assert moved.base_size == (window if group == "translation" else 1)
 
     assert status_of(train.parse, [*flags, "--help"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.isascii() and "{'" not in printed and "dict" not in printed
-    words = " ".join(printed.split())
-    for name, value in (expected | dict(warmup_epochs=10.0)).items():
-        flag = f"--{name.replace('_', '-')} "
-        assert f"(default: {value})" in words.rpartition(flag)[2].split(" --")[0], name
+    assert capsys.readouterr().out.isascii()
 
 
 def test_schedule():
@@ -63,8 +56,6 @@ def test_schedule():
     assert factors[20] == pytest.approx(0.5)
     assert factors[30] == pytest.approx(0)
 
-
-# ------------------------------------------------------------------------ what GPUs do otherwise
 
 def test_each_process_has_the_gpu_of_its_number(monkeypatch):
     chosen = []
@@ -109,17 +100,15 @@ def test_float32_is_float32_while_training(tmp_path, monkeypatch):
     assert [backend.fp32_precision for backend in backends] == before
 
 
-# -------------------------------------------------------------------------------- what a run leaves
-
 def test_what_a_run_prints_and_writes(tmp_path, capsys):
-    """The saved encoder is the one that was measured, with its batch norm's statistics."""
+    """probe.py repeats the numbers."""
     train_here(tmp_path, "--probe-grid", "2")
     starts = [line[:9] for line in capsys.readouterr().out.splitlines()]
     assert starts == ["cpu: 1 x ", "frozen en", "epoch 1/2", "epoch 2/2", "trained e"]
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"config.json", "log.jsonl", "checkpoint.pt", "probe.json"}
     config = json.loads((tmp_path / "config.json").read_text())
-    expected = dict(group="translation", widths=[2, 3, 4], torch=torch.__version__, processes=1)
+    expected = dict(widths=[2, 3, 4], mean=0.0, std=0.3, torch=torch.__version__, processes=1)
     assert expected.items() <= config.items()
     log = log_of(tmp_path)
     steps = [(line["epoch"], line["step"]) for line in log]
@@ -127,13 +116,14 @@ def test_what_a_run_prints_and_writes(tmp_path, capsys):
     assert max(line["lr"] for line in log) == pytest.approx(0.1)
     assert all(line["images_per_second"] > 0 for line in log)
 
-    encoder, settings = probe.load_encoder(tmp_path)
-    images = data.load("glyphs", train_images=200)
-    found = probe.evaluate(encoder, images, settings["probe_grid"])
-    written = json.loads((tmp_path / "probe.json").read_text())
-    assert found.items() <= written.items() and written["epoch"] == 2
-    assert (settings["mean"], settings["std"]) == (images.mean, images.std)
-    assert written["frozen"]["effective_rank"] != written["effective_rank"]
+    path = tmp_path / "probe.json"
+    written = path.read_text()
+    path.unlink()
+    probe.main([str(tmp_path), "--device", "cpu"])
+    assert path.read_text() == written
+    result = json.loads(written)
+    assert result["epoch"] == 2
+    assert result["frozen"]["effective_rank"] != result["effective_rank"]
 
 
 def test_frozen_is_measured_once(tmp_path, monkeypatch, capsys):
@@ -157,8 +147,6 @@ def test_frozen_is_measured_once(tmp_path, monkeypatch, capsys):
     assert_equal(again["encoder"], first["encoder"])
     assert len(measured) == 1
 
-
-# --------------------------------------------------------------------------------- what a step does
 
 def steps_by_hand(objective, loss_of, pairs):
     """Losses of six steps with every setting written out. loss_of(x, labels, g1, g2) is the loss of
@@ -215,31 +203,6 @@ def test_every_step_is_that_of_a_plain_loop(flags, group, ssl_loss, max_distance
         torch.testing.assert_close(checkpoint["encoder"][name], parameter.data)
 
 
-@pytest.mark.parametrize("rank, local_rank, turn", ((0, 0, 0), (8, 0, 1), (1, 1, 2), (9, 1, 2)))
-def test_who_loads_first(rank, local_rank, turn, monkeypatch):
-    """The first of all processes, then the first of each machine, then the others."""
-    events = []
-
-    def numbers():
-        return rank, 16
-
-    def load_data(settings, device):
-        events.append("load")
-
-    def wait(patient):
-        events.append("wait")
-
-    monkeypatch.setattr(probe, "load_data", load_data)
-    monkeypatch.setattr(train, "wait", wait)
-    monkeypatch.setattr(train, "rank_and_world", numbers)
-    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    train.load_in_turn(train.parse([]), "cpu", None)
-    assert events.index("load") == turn
-    assert events.count("wait") == 3
-
-
-# ------------------------------------------------------------------------------------ every network
-
 @pytest.mark.parametrize("flags", (
     "--method a-ssl --group scale --structure none",
     "--structure none",
@@ -260,25 +223,6 @@ def test_every_network_trains(flags, tmp_path):
     [line] = log_of(tmp_path)
     assert math.isfinite(line["loss"])
 
-
-def test_a_look_changes_nothing(tmp_path):
-    """With --eval-every 1 and without: the same losses and weights, bit for bit. The looks are
-    taken on training images only."""
-    without = train_here(tmp_path / "without")
-    with_looks = train_here(tmp_path / "with", "--eval-every", "1")
-    for key in ("encoder", "objective", "optimizer"):
-        assert_equal(with_looks[key], without[key])
-    looks = {}
-    for line, other in zip(log_of(tmp_path / "with"), log_of(tmp_path / "without"), strict=True):
-        assert line["loss"] == other["loss"]
-        if "held_out" in line:
-            looks[line["step"]] = line["held_out"]
-    assert list(looks) == [3, 6]
-    assert looks[3]["train_images"] == 40
-    assert looks[3]["test_images"] == 10
-
-
-# ---------------------------------------------------------------------------- numbers that go wrong
 
 @pytest.mark.parametrize("bad_step, message", (
     (4, "the loss is nan at step 5"),
