@@ -111,7 +111,7 @@ def readout(view, grid=0):
     check_shape("a view", view, "B", "C", "S", "H", "W")
     if grid > min(view.shape[-2:]):
         raise ValueError(f"a grid of {grid}x{grid} cells is finer than the map of "
-                         f"{view.shape[-2]}x{view.shape[-1]} positions")
+                         f"{view.shape[-2]}x{view.shape[-1]} positions: take a smaller one")
     maps = fold_group(view)
     if grid > 0:
         maps = F.adaptive_avg_pool2d(maps, grid)

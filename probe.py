@@ -118,8 +118,12 @@ def load_encoder(folder):
 def load_data(settings, device, data_dir=None, cache_dir=None):
     """The data set of a run's settings; data_dir and cache_dir in place of its own folders."""
     s = argparse.Namespace(**settings)
-    return datasets.load(s.dataset, data_dir or s.data_dir, cache_dir or s.cache_dir, device,
-                         s.train_images, s.image_size, s.validate, s.seed)
+    if data_dir is None:
+        data_dir = s.data_dir
+    if cache_dir is None:
+        cache_dir = s.cache_dir
+    return datasets.load(s.dataset, data_dir, cache_dir, device, s.train_images, s.image_size,
+                         s.validate, s.seed)
 
 
 # ----------------------------------------------------------------------------------------- features
@@ -216,7 +220,7 @@ def split_training(data):
 def effective_rank(x):
     """How many dimensions features (N, D) really use, 1 to D: the exponential of the entropy of
     their singular values after centring (Roy and Vetterli, 2007)."""
-    x = (x - x.mean(0)).double()
+    x = (x - x.mean(0)).cpu().double()    # not every device has float64
     if len(x) < x.shape[1]:
         x = x.T    # of the same singular values, with a smaller Gram matrix
     values = torch.linalg.eigvalsh(x.T @ x).clamp_min(0).sqrt()
@@ -404,6 +408,14 @@ def probe_run(folder, device, data_dir, cache_dir):
     print(json.dumps(write_result(out, settings, result, frozen, checkpoint.get("epoch"))))
 
 
+def out_of_memory(error):
+    """Whether an error says, as Python, CUDA, its libraries or PyTorch on a CPU do, that memory ran
+    out."""
+    names = ("MemoryError", "out of memory", "ALLOC_FAILED", "can't allocate memory",
+             "Storage size calculation overflowed")
+    return any(name in repr(error) for name in names)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(usage="python probe.py RUN [options]")
     parser.add_argument("folder", metavar="RUN", help="a run's folder, the --out of train.py")
@@ -418,6 +430,10 @@ def main(argv=None):
         probe_run(**vars(args))
     except (ValueError, OSError) as error:
         parser.exit(2, f"probe.py: {error}\n")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        parser.exit(2, "probe.py: out of memory: take another --device\n")
 
 
 if __name__ == "__main__":

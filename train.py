@@ -319,13 +319,15 @@ def find_checkpoint(args):
     found = {path.name for path in out.iterdir()}
     if "checkpoint.pt" not in found and "probe.json" in found:
         raise ValueError(f"{out} holds the result of a run, but no checkpoint: take another --out")
+    checkpoint = None
+    if "checkpoint.pt" in found:
+        checkpoint = probe.read_checkpoint(out / "checkpoint.pt")
+        if not {"objective", "settings"} <= checkpoint.keys():
+            raise ValueError(f"{out} holds an encoder, but no training: take another --out")
     if found & {"checkpoint.pt", "config.json", "log.jsonl"} and not args.resume:
         raise ValueError(f"{out} holds a run: continue it with --resume, or take another --out")
-    if "checkpoint.pt" not in found:
+    if checkpoint is None:
         return None
-    checkpoint = probe.read_checkpoint(out / "checkpoint.pt")
-    if not {"objective", "settings"} <= checkpoint.keys():
-        raise ValueError(f"{out} holds an encoder, but no training to continue: take another --out")
     for name, value in vars(args).items():
         before = checkpoint["settings"].get(name)
         if before != value and name not in FREE:
@@ -533,7 +535,7 @@ def train(args):
 
 def end(message, status):
     """End the program with one line."""
-    print("train.py:", *str(message).split(), file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}:", *str(message).split(), file=sys.stderr)
     sys.exit(status)
 
 
@@ -545,9 +547,7 @@ def main(args):
     except (ValueError, OSError, OverflowError) as error:
         end(error, 2)
     except (RuntimeError, MemoryError) as error:
-        # What memory's end is called by Python, by CUDA, by CUDA's libraries, and on a CPU.
-        names = ("MemoryError", "out of memory", "ALLOC_FAILED", "can't allocate memory")
-        if not any(name in repr(error) for name in names):
+        if not probe.out_of_memory(error):
             raise
         end("out of memory: take a smaller --batch-size or a smaller network", 2)
 

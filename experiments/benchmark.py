@@ -148,8 +148,7 @@ print(time.perf_counter() - start)
 
 
 def program_seconds(row, folder, device):
-    """The time of a folder's train.py, or of probe.evaluate, both readouts, for a random encoder,
-    which EVALUATE prints."""
+    """The time of a folder's train.py, or that of probe.evaluate, which EVALUATE prints."""
     if row == "evaluate":
         return float(run(sys.executable, "-c", EVALUATE, "--device", device, folder=folder))
     with tempfile.TemporaryDirectory() as empty:
@@ -159,8 +158,7 @@ def program_seconds(row, folder, device):
 
 
 def compare(title, side, reference, repeats):
-    """Take the times of two sides in turn, functions that return seconds: a record for the table
-    and the file."""
+    """The record of two sides, functions that return seconds and take turns."""
     record = dict(title=title, seconds=[], reference_seconds=[])
     for _ in range(repeats):
         record["seconds"].append(side())

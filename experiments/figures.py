@@ -72,7 +72,7 @@ def idea(run):
     encoder, settings = probe.load_encoder(run)
     data = probe.load_data(settings, "cpu")
     group = hssl.Rotation(4)
-    x = data.batch(data.test_images, [0])    # (1, 1, H, W)
+    x = data.batch(data.test_images, torch.tensor([0]))    # (1, 1, H, W)
     z = encoder(x)    # (1, C, 4, H', W')
     grid = canvas("idea", 4, 6)
     grid.figure.suptitle("Left: A-SSL, a transformed image and a pass for every view.   "
@@ -184,9 +184,8 @@ def tour_equivariance(tour):
     g = torch.tensor([1])
     moved = tour.group.T(g, x)
     grid = canvas("tour-equivariance", 4, 4)
-    image = picture(grid[1:3, 0], x, "image $x$")
-    turned = picture(grid[1:3, 1], moved, "$T_g\\,x$, $g$ = 90°")
-    arrow(image, turned)
+    picture(grid[1:3, 0], x, "image $x$")
+    picture(grid[1:3, 1], moved, "$T_g\\,x$, $g$ = 90°")
     for name, network, rows, colour in (
         ("steerable", tour.f, TOP, BLUE),
         ("ordinary", tour.ordinary, BOTTOM, RED),
@@ -194,9 +193,8 @@ def tour_equivariance(tour):
         z = network(x)
         left = colours(network(moved), z)
         right = colours(tour.group.view(g, z), z)
-        encoded = picture(grid[rows, 2], left, f"{name}: $f(T_g\\,x)$ at 0°", colour)
+        picture(grid[rows, 2], left, f"{name}: $f(T_g\\,x)$ at 0°", colour)
         picture(grid[rows, 3], right, "$\\Gamma_g f(x)$ at 0°", colour)
-        arrow(turned, encoded, colour)
 
 
 def tour_views(tour):

@@ -30,7 +30,6 @@ def augment(x, generator):
     random field, and given Gaussian noise of up to 0.3. Background is 0. generator: on x's device.
     """
     count = len(x)
-    side = x.shape[-1]
     options = dict(generator=generator, device=x.device)
     uniform = 2 * torch.rand(6, count, **options) - 1    # -1 to 1
     angle, size, stretch, shear, down, right = uniform.unbind()
@@ -46,13 +45,14 @@ def augment(x, generator):
     top = [cosine * width, cosine * shear - sine * height, 0.15 * right]
     bottom = [sine * width, sine * shear + cosine * height, 0.15 * down]
     affine = torch.stack(top + bottom, 1).unflatten(1, (2, 3))    # (B, 2, 3)
-    grid = F.affine_grid(affine, (count, 1, side, side), align_corners=False)
+    grid = F.affine_grid(affine, x.shape, align_corners=False)
     bend = 0.08 * torch.randn(count, 2, 4, 4, **options)
-    bend = F.interpolate(bend, (side, side), mode="bicubic")
+    bend = F.interpolate(bend, x.shape[2:], mode="bicubic")
     moved = F.grid_sample(x, grid + bend.movedim(1, -1), align_corners=False)
 
     deviation = 0.3 * torch.rand(count, 1, 1, 1, **options)
-    return moved + deviation * torch.randn(x.shape, **options)
+    noise = torch.randn(x.shape, **options)
+    return moved + deviation * noise
 
 
 def multi_view_nt_xent(*views, temperature=0.1):
@@ -118,7 +118,8 @@ def make_objective(args, classes):
         pairs = group.elements[allowed_pairs(group, args.max_distance)]
     width = readout(view, args.grid).shape[1]
     head = ProjectionHead(width, *args.head_widths, args.grid)
-    return Augmented(encoder, head, group, args.temperature, args.seed).train(), pairs
+    objective = Augmented(encoder, head, group, args.temperature, args.seed)
+    return objective.train(), pairs
 
 
 def parse(argv=None):

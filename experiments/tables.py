@@ -32,7 +32,6 @@ import data as datasets
 import probe
 
 # Settings were chosen on held-out training images with seeds from 100 on.
-
 MNIST = ("--dataset mnist --device cpu --train-images 5000 --batch-size 256 --warmup-epochs 1 "
          "--trust-coefficient 0.03")
 NARROW = f"{MNIST} --group translation --widths 16 32 64 --kernel-size 3 --temperature 0.5"
