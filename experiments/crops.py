@@ -11,8 +11,7 @@ from hssl import Translation
 
 
 class Crops(Translation):
-    """T_g cuts out the pixels that the window of Γ_g z stands on; their features are the base
-    space. Γ and view are of no use here."""
+    """T_g cuts out the pixels that the window of Γ_g z stands on; their features are the view."""
 
     def T(self, g, x):    # (B, C, stride · base_size, stride · base_size)
         first = self.stride * self.corner

@@ -124,8 +124,7 @@ def make_objective(args, classes):
 
 def parse(argv=None):
     """train.py's settings, with methods of its own, by which --resume tells the runs apart."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     epilog="Other flags are train.py's.")
+    parser = argparse.ArgumentParser(epilog="Other flags are train.py's.", allow_abbrev=False)
     parser.add_argument("--method", choices=("simclr", "h-ssl"), required=True)
     own, others = parser.parse_known_args(argv)
     args = train.parse(others)

@@ -141,7 +141,6 @@ def commit():
 
 
 def write_json(folder, name, content):
-    """Write FOLDER/NAME.json."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     probe.write_whole(f"{folder}/{name}.json", json.dumps(content, indent=1).encode())
 
@@ -241,7 +240,7 @@ def finished_runs(args):
 def train_table(args):
     """Train the chosen rows for the chosen seeds, args.jobs at a time; args are `parse`'s.
 
-    When a run fails, a ValueError, and on Ctrl-C, the others are ended, too.
+    When a run fails, and on Ctrl-C, the others are ended, too.
     """
     finished = {(run["row"], run["seed"]) for run in finished_runs(args)}
     waiting = [(row, seed) for seed in args.seeds for row in args.chosen]
