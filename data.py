@@ -227,9 +227,9 @@ def image_folder(folder, cache_dir, side, class_of_file):
     labels = torch.tensor(labels)
     is_test = torch.tensor(is_test)
     print(f"{folder}: {len(files)} images, {len(label_of_class)} classes", flush=True)
-    if not is_test.any() and (folder / "val").is_dir() and roots[0] != folder:
-        raise ValueError(f"there are no images in {folder / 'val'}")
     if not is_test.any():
+        if roots[-1] != folder and roots[-1].is_dir():
+            raise ValueError(f"there are no images in {roots[-1]}")
         print("every tenth of them is a test image: there is no train/ with val/", flush=True)
         is_test[::10] = True
     if is_test.all():

@@ -265,9 +265,10 @@ class Backbone(nn.Module):
             raise ValueError(f"images must be (B, C, H, W), H and W divisible by {self.stride}, "
                              f"but these are {tuple(x.shape)}")
         # The layers keep the order in memory that the images have.
-        x = x.contiguous()
         if self.channels_last:
             x = x.movedim(1, 3).clone(memory_format=torch.contiguous_format).movedim(3, 1)
+        else:
+            x = x.contiguous()
         return self.layers(x)
 
 

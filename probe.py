@@ -94,12 +94,10 @@ def make_encoder(settings):
     return DenseBackbone(side, s.widths, channels)
 
 
-def load_encoder(folder):
-    """The trained encoder of a run's folder, in evaluation mode, and the run's settings, a dict.
+def load_run(folder):
+    """The trained encoder of a run's folder, in evaluation mode, and the checkpoint that holds it.
 
-    It takes images (B, C, H, W) as `data.Dataset.batch` normalises them, pixels from 0 to 1 minus
-    settings["mean"], divided by settings["std"], and gives features (B, C', G, H', W'). Raises a
-    ValueError, in one line, for a checkpoint that is missing, damaged or does not fit.
+    Raises a ValueError, in one line, for a checkpoint that is missing, damaged or does not fit.
     """
     path = f"{folder}/checkpoint.pt"
     checkpoint = read_checkpoint(path)
@@ -112,7 +110,18 @@ def load_encoder(folder):
         # PyTorch's message is several lines, of which the first says little.
         raise ValueError(f"{path} does not hold the encoder that this version makes by the run's "
                          f"settings ({type(error).__name__}): train it again") from None
-    return encoder.eval(), checkpoint["settings"]
+    return encoder.eval(), checkpoint
+
+
+def load_encoder(folder):
+    """The trained encoder of a run's folder, in evaluation mode, and the run's settings, a dict.
+
+    It takes images (B, C, H, W) as `data.Dataset.batch` normalises them, pixels from 0 to 1 minus
+    settings["mean"], divided by settings["std"], and gives features (B, C', G, H', W'). Errors as
+    for `load_run`.
+    """
+    encoder, checkpoint = load_run(folder)
+    return encoder, checkpoint["settings"]
 
 
 def load_data(settings, device, data_dir=None, cache_dir=None):
@@ -386,7 +395,8 @@ def in_words(result):
 
 def probe_run(folder, device, data_dir, cache_dir):
     """What the command does. Raises a ValueError or an OSError, in one line, for bad input."""
-    encoder, settings = load_encoder(folder)
+    encoder, checkpoint = load_run(folder)
+    settings = checkpoint["settings"]
     data = load_data(settings, device, data_dir, cache_dir)
     torch.manual_seed(settings["seed"])
     untrained = make_encoder(settings)
@@ -397,7 +407,6 @@ def probe_run(folder, device, data_dir, cache_dir):
     with full_precision(amp):
         result = evaluate(encoder.to(device), data, grid, amp, update_statistics=True)
         measured = evaluate(untrained.to(device), data, grid, amp, update_statistics=True)
-    checkpoint = read_checkpoint(f"{folder}/checkpoint.pt")
     # Beside them, the held-out measures of --eval-every stay.
     frozen = checkpoint.get("frozen", {}) | measured
     out = folder

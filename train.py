@@ -515,9 +515,9 @@ def train(args):
                 progress["frozen"]["held_out"] = held_out
             print("frozen encoder:", probe.in_words(progress["frozen"]), flush=True)
         wait(patient)
-        model = synchronise_batch_norm(objective, device)
+        model = objective
         if dist.is_initialized():
-            model = DistributedDataParallel(model)
+            model = DistributedDataParallel(synchronise_batch_norm(objective, device))
         fit(args, data, model, pairs.to(device), plain_encoder, states, progress, patient)
         if rank == 0:
             result = progress["frozen"]
