@@ -102,7 +102,7 @@ def curves(name):
     """Loss and --eval-every's measures over the steps of a table's runs, by row."""
     runs = [run for run in report.read_runs(name) if run["looks"]]
     rows = report.rows_of(runs)
-    _, grid = plt.subplots(2, 3, num="curves")
+    _, grid = plt.subplots(2, 3, num=f"curves-{name}")
     loss, *panels = grid.flat
     loss.set(title="NT-Xent, nats", xlabel="step")
     for axes, title in zip(panels, report.MEASURES):
