@@ -171,10 +171,10 @@ def full_precision(amp):
 
 
 def batches(data, images):
-    """Normalised images in batches of at most 1,000, whose sizes differ by one at most: a last
+    """Normalised images in batches of at most 500, whose sizes differ by one at most: a last
     batch of one image would give batch norm no variance."""
     index = torch.arange(len(images), device=images.device)
-    for chunk in index.tensor_split(math.ceil(len(images) / 1000)):
+    for chunk in index.tensor_split(math.ceil(len(images) / 500)):
         yield data.batch(images, chunk)
 
 
