@@ -286,11 +286,7 @@ def load_in_turn(args, device, patient):
     """Only the first process downloads and decodes; each machine's first comes next, then all."""
     rank, _ = rank_and_world()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    turn = 2
-    if local_rank == 0:
-        turn = 1
-    if rank == 0:
-        turn = 0
+    turn = (rank > 0) + (local_rank > 0)
     for now in range(3):
         if now == turn:
             data = probe.load_data(vars(args), device)

@@ -50,7 +50,7 @@ GLYPHS = {
     "translation": "--dataset glyphs --device cpu --group translation",
     "rotation": f"--dataset glyphs --device cpu {ROTATION} --trust-coefficient 0.01",
 }
-DIGITS = ("--dataset mnist --device cpu --amp bfloat16 --batch-size 512 --warmup-epochs 1 "
+DIGITS = ("--dataset mnist --device cpu --amp bfloat16 --batch-size 256 --warmup-epochs 1 "
           "--kernel-size 3 --base-space 5 --grid 2 --temperature 0.5 --trust-coefficient 0.03")
 # The paper's values for 1,520 steps of a narrow network, on images held out.
 REPLICA = ("--dataset mnist --device cpu --amp bfloat16 --train-images 10000 --validate 5000 "

@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,26 @@ def test_examples_run_as_pasted_and_print_what_they_say(monkeypatch, capsys):
 
     exec(loaded, {})
     assert capsys.readouterr().out.strip() == loaded.strip().rpartition("  # ")[2]
+
+
+@pytest.mark.parametrize("title, name, group, seeds, supervised_seeds", (
+    ("translation, 8 epochs", "mnist", "translation ", range(10), range(3)),
+    ("rotation, 8 epochs", "mnist", "rotation ", range(10), range(3)),
+    ("scale, 8 epochs", "mnist", "scale ", range(10), range(3)),
+    ("translation, the paper's 500 epochs", "paper-mnist", "translation ", range(2), range(1)),
+))
+def test_the_table_has_the_means_of_the_committed_runs(title, name, group, seeds, supervised_seeds):
+    runs = report.read_runs(name)
+    cells = []
+    for method in ("frozen", "a-ssl", "h-ssl", "supervised"):
+        row = group + method.replace("frozen", "h-ssl")
+        chosen = supervised_seeds if method == "supervised" else seeds
+        means = []
+        for measure in ("top1", "neighbours"):
+            found = report.values(runs, row, measure, frozen=method == "frozen")
+            means.append(f"{statistics.mean(found[seed] for seed in chosen):.2f}")
+        cells.append(" / ".join(means))
+    assert report.line(title, *cells) in README.replace(" †", "")
 
 
 @pytest.mark.parametrize("document", TEXTS)
