@@ -6,7 +6,7 @@ First the objectives, then the groups. Each group has
     T(g, x)             T_g on images (B, C, H, W), background 0; exact for shifts and quarter turns
     Γ(g, z)             Γ_g on features (B, C, G, H, W): (Γ_g z)(g0) = z(g⁻¹ g0)
     base(z)             the fibers over the base space G0, which are all that h sees
-    view(g, z)          base(Γ(g, z)), but computes the base space alone
+    view(g, z)          base(Γ(g, z)), but only the base space is computed
     elements            all elements that may be drawn: a CPU tensor, (M,) or (M, 2)
     distance(g1, g2)    the topographic distance ‖g1⁻¹ g2‖
 
@@ -75,8 +75,8 @@ def h_ssl_loss(f, h, I, group, x, g1, g2):
     """L_H: the image passes through the encoder once, and both views are read from its features.
 
     Arguments as for `a_ssl_loss`. Where Eq. (1) holds exactly, the two losses are equal, and so
-    are their gradients. With |G0| = 1 on translation this is of the family of local
-    patch-against-patch losses: Deep InfoMax (local), CPC, Greedy InfoMax.
+    are their gradients. With |G0| = 1 on translation this belongs to the local losses, which
+    compare patch with patch: Deep InfoMax (local), CPC, Greedy InfoMax.
     """
     z = f(x)
     view1 = group.view(g1, z)
@@ -134,9 +134,32 @@ class ProjectionHead(nn.Module):
         return self.layers(readout(view, self.grid))
 
 
-# -------------------------------------------------------------------------------------- translation
+# --------------------------------------------------------------------------------------- the groups
 
-class Translation:
+class Group:
+    """What the groups share: G0 is base_size places, from self.first on, of an axis of self.size
+    places, which are the positions of a side, the orientations or the scales.
+
+    Raises a ValueError unless base_size is 1 to size.
+    """
+
+    def __init__(self, size, base_size):
+        if not 1 <= base_size <= size:
+            raise ValueError(f"base_size is {base_size}, but must be 1 to {size}")
+        self.size = size
+        self.base_size = base_size
+        self.first = (size - base_size) // 2    # G0 lies in the middle
+        # The base space of Γ_g z is that of z from first - g on, which ends on the axis for these g.
+        self.limits = (self.first + base_size - size, self.first)
+
+    def Γ(self, g, z):
+        return self.read(g, z, 0, self.size)
+
+    def view(self, g, z):
+        return self.read(g, z, self.first, self.base_size)
+
+
+class Translation(Group):
     """Shifts. g = (down, right) in positions; G0 is a square window in the middle of the map.
 
     Elements are the shifts that keep the window on the map; if circular, all shifts. Distance:
@@ -152,25 +175,17 @@ class Translation:
     """
 
     def __init__(self, side, base_size, stride, circular=False):
-        check_base_size(base_size, side)
+        super().__init__(side, base_size)
         if stride < 1:
             raise ValueError(f"stride is {stride} pixels per position, but must be at least 1")
-        self.side = side
-        self.base_size = base_size
         self.stride = stride
         self.circular = circular
-        # The window of Γ_g z is the window of z at corner - g, and is on the map while
-        # 0 <= corner - g <= side - base_size.
-        self.corner = (side - base_size) // 2
-        limits = (self.corner + base_size - side, self.corner)
-        steps = torch.arange(limits[0], limits[1] + 1)
-        image_axes = ("H", "W")
+        steps = torch.arange(self.limits[0], self.limits[1] + 1)
+        self.image_axes = ("H", "W")
         if circular:
-            limits = (None, None)    # shifts by the map's side and more come round again
             steps = torch.arange(side)
-            image_axes = (side * stride, side * stride)
-        self.limits = limits
-        self.image_axes = image_axes
+            self.limits = (None, None)    # shifts by the map's side and more come round again
+            self.image_axes = (side * stride, side * stride)
         self.elements = torch.cartesian_prod(steps, steps)    # (M, 2)
 
     def T(self, g, x):
@@ -178,35 +193,27 @@ class Translation:
         check_elements(g, (len(x), 2), *self.limits)
         return crop(x, -g * self.stride, x.shape[-2:], self.circular)
 
-    def Γ(self, g, z):
-        return self.read(g, z, 0, self.side)
-
-    def base(self, z):
-        check_shape("features", z, "B", "C", "G", self.side, self.side)
-        window = slice(self.corner, self.corner + self.base_size)
+    def base(self, z):    # (B, C, G, base_size, base_size)
+        check_shape("features", z, "B", "C", "G", self.size, self.size)
+        window = slice(self.first, self.first + self.base_size)
         return z[:, :, :, window, window]
-
-    def view(self, g, z):    # (B, C, G, base_size, base_size)
-        return self.read(g, z, self.corner, self.base_size)
 
     def distance(self, g1, g2):
         apart = (g1 - g2).abs()
         if self.circular:
-            apart = apart % self.side
-            apart = torch.minimum(apart, self.side - apart)
+            apart = apart % self.size
+            apart = torch.minimum(apart, self.size - apart)
         return apart.amax(-1)
 
     def read(self, g, z, first, count):
         """The rows and columns of Γ_g z from first on, count of each: (Γ_g z)(u) = z(u - g)."""
-        check_shape("features", z, "B", "C", "G", self.side, self.side)
+        check_shape("features", z, "B", "C", "G", self.size, self.size)
         check_elements(g, (len(z), 2), *self.limits)
         maps = crop(fold_group(z), first - g, (count, count), self.circular)
         return unfold_group(maps, z.shape[2])
 
 
-# ----------------------------------------------------------------------------------------- rotation
-
-class Rotation:
+class Rotation(Group):
     """Turns by multiples of 360/G degrees, counter-clockwise. G0 holds the first base_size
     orientations (1 to G), at all positions.
 
@@ -215,45 +222,36 @@ class Rotation:
     """
 
     def __init__(self, orientations, base_size=1):
-        check_base_size(base_size, orientations)
-        self.orientations = orientations
-        self.base_size = base_size
+        super().__init__(orientations, base_size)
+        self.first = 0
         self.elements = torch.arange(orientations)    # (M,)
 
     def T(self, g, x):
         check_shape("images", x, "B", "C", "H", "H")
         check_elements(g, (len(x),))
-        return rotate(x, g, self.orientations)
+        return rotate(x, g, self.size)
 
-    def Γ(self, g, z):
-        return self.read(g, z, 0, self.orientations)
-
-    def base(self, z):
-        check_shape("features", z, "B", "C", self.orientations, "H", "W")
+    def base(self, z):    # (B, C, base_size, H, H)
+        check_shape("features", z, "B", "C", self.size, "H", "H")
         return z[:, :, :self.base_size]
 
-    def view(self, g, z):    # (B, C, base_size, H, W)
-        return self.read(g, z, 0, self.base_size)
-
     def distance(self, g1, g2):
-        apart = (g1 - g2) % self.orientations
-        return torch.minimum(apart, self.orientations - apart)
+        apart = (g1 - g2) % self.size
+        return torch.minimum(apart, self.size - apart)
 
     def read(self, g, z, first, count):
         """The orientations of Γ_g z from first on, count of them: (Γ_g z)(k, u) = z(k - g, u
         turned back)."""
-        check_shape("features", z, "B", "C", self.orientations, "H", "H")
+        check_shape("features", z, "B", "C", self.size, "H", "H")
         check_elements(g, (len(z),))
         orientation = first + torch.arange(count, device=z.device)
-        source = (orientation - g[:, None]) % self.orientations    # (B, count)
+        source = (orientation - g[:, None]) % self.size    # (B, count)
         maps = fold_group(pick(z, source))
-        maps = rotate(maps, g, self.orientations, outside="border")
+        maps = rotate(maps, g, self.size, outside="border")
         return unfold_group(maps, count)
 
 
-# -------------------------------------------------------------------------------------------- scale
-
-class Scale:
+class Scale(Group):
     """Enlargements by step**g about the centre. G0 holds the middle base_size scales (1 to G), at
     all positions.
 
@@ -264,33 +262,21 @@ class Scale:
     """
 
     def __init__(self, scales, step, base_size=1):
-        check_base_size(base_size, scales)
+        super().__init__(scales, base_size)
         if not 1 < step < math.inf:
             raise ValueError(f"step, the ratio of neighbouring scales, is {step}, but must be "
                              "finite and above 1")
-        self.scales = scales
         self.step = step
-        self.base_size = base_size
-        # The base space of Γ_g z is z's scales from middle - g on, and they exist while
-        # 0 <= middle - g <= scales - base_size.
-        self.middle = (scales - base_size) // 2
-        self.least = self.middle - (scales - base_size)
-        self.elements = torch.arange(self.least, self.middle + 1)    # (M,)
+        self.elements = torch.arange(self.limits[0], self.limits[1] + 1)    # (M,)
 
     def T(self, g, x):
         check_shape("images", x, "B", "C", "H", "W")
-        check_elements(g, (len(x),), self.least, self.middle)
+        check_elements(g, (len(x),), *self.limits)
         return zoom(x, g, self.step)
 
-    def Γ(self, g, z):
-        return self.read(g, z, 0, self.scales)
-
-    def base(self, z):
-        check_shape("features", z, "B", "C", self.scales, "H", "W")
-        return z[:, :, self.middle:self.middle + self.base_size]
-
-    def view(self, g, z):    # (B, C, base_size, H, W)
-        return self.read(g, z, self.middle, self.base_size)
+    def base(self, z):    # (B, C, base_size, H, W)
+        check_shape("features", z, "B", "C", self.size, "H", "W")
+        return z[:, :, self.first:self.first + self.base_size]
 
     def distance(self, g1, g2):
         return (g1 - g2).abs()
@@ -298,23 +284,17 @@ class Scale:
     def read(self, g, z, first, count):
         """The scales of Γ_g z from first on, count of them: (Γ_g z)(s, u) = z(s - g, u / step**g),
         and zero beyond the axis."""
-        check_shape("features", z, "B", "C", self.scales, "H", "W")
-        check_elements(g, (len(z),), self.least, self.middle)
+        check_shape("features", z, "B", "C", self.size, "H", "W")
+        check_elements(g, (len(z),), *self.limits)
         scale = first + torch.arange(count, device=z.device)
         source = scale - g[:, None]    # (B, count)
-        exists = (source >= 0) & (source < self.scales)
-        moved = pick(z, source.clamp(0, self.scales - 1)) * exists[:, None, :, None, None]
+        exists = (source >= 0) & (source < self.size)
+        moved = pick(z, source.clamp(0, self.size - 1)) * exists[:, None, :, None, None]
         maps = zoom(fold_group(moved), g, self.step, outside="border")
         return unfold_group(maps, count)
 
 
 # ------------------------------------------------------------------------------------ what must fit
-
-def check_base_size(base_size, length):
-    """Raise a ValueError unless the base space lies within an axis of this length."""
-    if not 1 <= base_size <= length:
-        raise ValueError(f"base_size is {base_size}, but must be 1 to {length}")
-
 
 def check_shape(what, tensor, *axes):
     """Raise a ValueError unless a tensor has these axes: a number is a length, and a letter stands
@@ -368,15 +348,6 @@ def pick(z, source):
     return z[image, :, source].transpose(1, 2)
 
 
-def gather_positions(x, index):
-    """Read positions of maps by indices that differ by image: x (B, C, H, W), index (B, n) into
-    H·W -> (B, C, n). In memory the result, and the gradient of x, have channels last."""
-    # As in the encoder: batch norm is slow on a CPU where layouts are mixed.
-    fibers = x.flatten(2).transpose(1, 2)    # (B, H·W, C)
-    index = index[:, :, None].expand(-1, -1, x.shape[1])
-    return fibers.gather(1, index).transpose(1, 2)
-
-
 def crop(x, corner, size, circular=False):
     """Cut a window from each map: x (B, C, H, W), corner (B, 2) top left, size (h, w) -> (B, C,
     h, w). Beyond the map lie the positions of its other side if circular, else zeros."""
@@ -388,9 +359,12 @@ def crop(x, corner, size, circular=False):
         columns = columns % width
     nearest_row = rows.clamp(0, height - 1)
     nearest_column = columns.clamp(0, width - 1)
-    index = nearest_row[:, :, None] * width + nearest_column[:, None, :]    # (B, h, w)
     on_map = (rows == nearest_row)[:, :, None] & (columns == nearest_column)[:, None, :]
-    window = gather_positions(x, index.flatten(1)).unflatten(2, size)
+    index = nearest_row[:, :, None] * width + nearest_column[:, None, :]    # (B, h, w)
+    index = index.flatten(1)[:, :, None].expand(-1, -1, x.shape[1])    # (B, h·w, C)
+    # With channels last, as in the encoder: batch norm is slow on a CPU where layouts are mixed.
+    fibers = x.flatten(2).transpose(1, 2)    # (B, H·W, C)
+    window = fibers.gather(1, index).transpose(1, 2).unflatten(2, size)
     return window.where(on_map[:, None], 0)
 
 
@@ -400,22 +374,20 @@ def rotate(x, g, orientations, outside="zeros"):
     Whole quarter turns permute positions, exactly; what remains of the angle is bilinear.
     outside: see `warp`.
     """
-    side = x.shape[-1]
     # 4g/G quarter turns are `quarters` whole ones and remainder/G of another.
-    quarters = (4 * g // orientations) % 4
+    quarters = (4 * g // orientations)[:, None, None, None] % 4
     remainder = (4 * g) % orientations
-    positions = torch.arange(side * side, device=x.device).view(side, side)
-    turns = torch.stack([positions.rot90(k).flatten() for k in range(4)])    # (4, H·H)
-    x = gather_positions(x, turns.index_select(0, quarters)).unflatten(2, (side, side))
+    turned = x
+    for k in (1, 2, 3):
+        turned = torch.where(quarters == k, x.rot90(k, (2, 3)), turned)
     if 4 % orientations == 0:    # 1, 2 or 4 orientations leave no remainder
-        return x
+        return turned
     angle = remainder.to(precise(x)) * (math.pi / 2 / orientations)
     cos = angle.cos()
     sin = angle.sin()
     matrix = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
-    turned = warp(x, matrix, outside)
     is_quarter = (remainder == 0)[:, None, None, None]
-    return torch.where(is_quarter, x, turned)
+    return torch.where(is_quarter, turned, warp(turned, matrix, outside))
 
 
 def zoom(x, g, step, outside="zeros"):

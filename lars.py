@@ -15,8 +15,8 @@ class LARS(torch.optim.Optimizer):
 
     Parameters with ndim <= 1, biases and the scales of norms, are neither decayed nor adapted:
     d = g. The rate multiplies the momentum, as in PyTorch's SGD and the LARS of MoCo v3 and Barlow
-    Twins. You et al. and SimCLR's TensorFlow code have it inside, m = μ m + lr · d, which agrees
-    while the rate stands still.
+    Twins. SimCLR's TensorFlow code has it inside, m = μ m + lr · d, which agrees while the rate
+    stands still; so do You et al., who also divide by ‖g‖ + λ ‖w‖ in place of ‖d‖.
 
     Args:
         params: parameters or parameter groups, as for any torch.optim.Optimizer.

@@ -37,16 +37,11 @@ def hermite_orders(group, effective_size):
 
 
 def hermite_gaussian(t, order, sigma):
-    """He_order(t/σ) exp(-t²/2σ²)/σ at points t in pixels: one factor of a basis function."""
+    """He_order(t/σ) exp(-t²/2σ²)/σ at points t in pixels: one factor of a basis function. He are
+    the probabilists' Hermite polynomials."""
     s = t / sigma
-    # Probabilists' Hermite polynomials: He_{j+1}(s) = s He_j(s) - j He_{j-1}(s).
-    previous = torch.zeros_like(s)
-    current = torch.ones_like(s)
-    for j in range(order):
-        following = s * current - j * previous
-        previous = current
-        current = following
-    return current * torch.exp(-s**2 / 2) / sigma
+    polynomial = torch.special.hermite_polynomial_he(s, order)
+    return polynomial * torch.exp(-s**2 / 2) / sigma
 
 
 def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=0.9,
@@ -200,11 +195,8 @@ class GroupConv2d(SteerableConv2d):
         if extent is None:
             extent = basis.shape[1] if cyclic else 1
         super().__init__(in_channels, out_channels, basis, extent, padding_mode, bias)
-        places = torch.arange(self.group_size)
-        offset = places - places[:, None]    # (G, G): of input h, as output g sees it
-        # If the axis ends, a negative offset leads to the zeros that `filters` puts behind.
-        period = self.group_size if cyclic else 2 * self.group_size
-        self.register_buffer("offset", offset % period, persistent=False)
+        # A cyclic axis is a circle of G places; one that ends has as many empty ones behind it.
+        self.places = self.group_size if cyclic else 2 * self.group_size
 
     def filters(self):
         """Learned combinations of the basis: (G·C', C, k, k), or (G·C', G·C, k, k) for an extent
@@ -212,9 +204,10 @@ class GroupConv2d(SteerableConv2d):
         if self.extent == 1:
             filters = torch.tensordot(self.weight.squeeze(2), self.basis, dims=1)
             return filters.permute(2, 0, 1, 3, 4).flatten(0, 1)
-        weight = F.pad(self.weight, (0, 0, 0, 2 * self.group_size - self.extent))
-        weight = weight.index_select(2, self.offset.flatten()).unflatten(2, self.offset.shape)
-        filters = torch.einsum("ocghk,kgij->gohcij", weight, self.basis)    # (G, C', G, C, k, k)
+        weight = F.pad(self.weight, (0, 0, 0, self.places - self.extent))
+        # Output g has the first output's weights, g places further on.
+        weights = [weight.roll(g, 2)[:, :, :self.group_size] for g in range(self.group_size)]
+        filters = torch.einsum("gochk,kgij->gohcij", torch.stack(weights), self.basis)
         return filters.flatten(2, 3).flatten(0, 1)
 
     def forward(self, x):
@@ -264,7 +257,8 @@ class Backbone(nn.Module):
         if x.ndim != 4 or x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"images must be (B, C, H, W), H and W divisible by {self.stride}, "
                              f"but these are {tuple(x.shape)}")
-        # The layers keep the order in memory that the images have.
+        # Each layer's output has the order in memory of its input. (For one channel
+        # .contiguous(memory_format=torch.channels_last) would do nothing.)
         if self.channels_last:
             x = x.movedim(1, 3).clone(memory_format=torch.contiguous_format).movedim(3, 1)
         else:

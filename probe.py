@@ -246,8 +246,8 @@ def percent_right(scores, answers):
 def neighbours(x, labels, queries, answers, classes):
     """Top-1 in percent of a vote of the 20 nearest of x (N, D), for queries (M, D).
 
-    Near is a high cosine similarity s after centring; a vote weighs exp(s/τ) with τ = 0.1 (Wu et
-    al., 2018). labels (N,) and answers (M,) are below classes.
+    Near is a high cosine similarity s after centring; a vote weighs exp(s/τ), as in Wu et al.
+    (2018), with τ = 0.1. labels (N,) and answers (M,) are below classes.
     """
     mean = x.mean(0)
     x = F.normalize(x - mean, dim=1)
@@ -280,7 +280,7 @@ def softmax_regression(x, labels, penalty, start):
     the columns of x are uncorrelated), or after 1,000 iterations. Returns W and the gap.
     """
     # What is trained is V = W / scale, in which the curvature is about 1, however large a column
-    # is. The gradient by W is that by V over the scale.
+    # is: ∂/∂W = (∂/∂V) / scale.
     curvature = x.square().mean(0) / start.shape[1] + penalty
     scale = curvature.rsqrt()[:, None]    # (D, 1)
     x = x * scale.T
@@ -334,11 +334,11 @@ def linear_classifier(x, labels, x_test, answers, classes):
     return percent_right(x_test @ weights, answers)
 
 
-def measure(x, x_test, data):
+def score(x, x_test, data):
     """top1, neighbours and effective_rank of the features of data's images; see `evaluate`."""
     labels = data.train_labels
     test = (x_test, data.test_labels, data.classes)
-    sample = torch.cat(hold_out(len(x)))[:10_000]    # of a fixed, shuffled order
+    sample = torch.cat(hold_out(len(x)))[:10_000]    # in an order shuffled alike in every run
     result = dict(top1=None, neighbours=None)
     if labels.min() < labels.max() and data.test_labels.min() >= 0:
         result["top1"] = linear_classifier(x, labels, *test)
@@ -366,8 +366,8 @@ def evaluate(encoder, data, grid=2, amp="off", update_statistics=False):
         encoder.eval()
         x, means = extract(encoder, data, data.train_images, grid, amp)
         x_test, test_means = extract(encoder, data, data.test_images, grid, amp)
-    result = measure(x, x_test, data)
-    of_means = result if grid == 1 else measure(means, test_means, data)
+    result = score(x, x_test, data)
+    of_means = result if grid == 1 else score(means, test_means, data)
     for name in list(result):
         result[f"mean_{name}"] = of_means[name]
     return result | dict(dimensions=x.shape[1], train_images=len(x), test_images=len(x_test))

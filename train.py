@@ -1,6 +1,6 @@
 """Train an encoder by homomorphic self-supervised learning, or by a method it is compared with.
 
-    python train.py                                         glyphs, a minute on a laptop's CPU
+    python train.py                                         glyphs, in less than a minute on a CPU
     torchrun --nproc_per_node=8 train.py --dataset mnist    the paper's configuration
 
 Exit status: 0 finished, 1 diverged, 2 bad input, or no room on the disk or in memory.
@@ -52,7 +52,7 @@ GROUPS = {
     "scale": dict(group_size=3, base_space=1, kernel_size=7),
 }
 # Settings that may differ when a run is resumed.
-FREE = "resume out data_dir cache_dir device save_every log_every eval_every".split()
+FREE = "resume out data_dir cache_dir device amp save_every log_every eval_every".split()
 
 
 class Number:
@@ -443,9 +443,10 @@ def fit(args, data, model, pairs, plain_encoder, states, progress, patient):
             first = i * args.batch_size + rank * share
             index = order[first:first + share]    # (B,)
             x = data.batch(data.train_images, index)    # (B, C, H, W)
-            inputs = pairs[choice[index]].unbind(1)    # g1 and g2, (B, ...) each
             if args.method == "supervised":
                 inputs = [data.train_labels[index]]
+            else:
+                inputs = pairs[choice[index]].unbind(1)    # g1 and g2, (B, ...) each
 
             lr = args.lr * schedule(step, warmup, total)
             for parameter_group in optimizer.param_groups:

@@ -14,7 +14,7 @@ class Crops(Translation):
     """T_g cuts out the pixels that the window of Γ_g z stands on; their features are the view."""
 
     def T(self, g, x):    # (B, C, stride · base_size, stride · base_size)
-        first = self.stride * self.corner
+        first = self.stride * self.first
         window = slice(first, first + self.stride * self.base_size)
         return super().T(g, x)[:, :, window, window]
 

@@ -49,7 +49,7 @@ def layer_error(f, group, x):
         times = group.stride // stride
         finer = hssl.Translation(side, 1, stride, group.circular)    # a window of 1: all shifts
         finer.elements = group.elements * times
-        finer.corner = group.corner * times
+        finer.first = group.first * times
         finer.base_size = group.base_size * times
         group = finer
     if z.ndim != 5:

@@ -205,8 +205,8 @@ def tour_views(tour):
     stride = tour.shifts.stride
     side = tour.shifts.base_size * stride
     for row, column, colour in (1, 1, BLUE), (-1, 0, RED):
-        top = (tour.shifts.corner - row) * stride - 0.5
-        left = (tour.shifts.corner - column) * stride - 0.5
+        top = (tour.shifts.first - row) * stride - 0.5
+        left = (tour.shifts.first - column) * stride - 0.5
         window = plt.Rectangle((left, top), side, side, fill=False, color=colour)
         window.set(linewidth=2.5, clip_on=False)
         whole.add_patch(window)
