@@ -114,7 +114,7 @@ def test_every_layer_is_exact_where_the_theory_says_so_and_far_off_without_struc
 def test_a_broken_copy_of_one_s_own_is_seen(tmp_path):
     """The current folder's hssl.py, here with turns the wrong way, comes before the project's."""
     right = (ROOT / "hssl.py").read_text(encoding="utf-8")
-    broken = right.replace("rot90(k)", "rot90(-k)")
+    broken = right.replace("rot90(k, ", "rot90(-k, ")
     assert broken != right
     (tmp_path / "hssl.py").write_text(broken, encoding="utf-8")
     (tmp_path / "train.py").write_text("""import torch, hssl, layers
