@@ -70,6 +70,8 @@ def arrow(a, b, colour="black"):
 def idea(run):
     """An image through an encoder by rotation: the same views from images and from features."""
     encoder, settings = probe.load_encoder(run)
+    if (settings["group"], settings["group_size"]) != ("rotation", 4):
+        raise ValueError(f"{run} is not by rotation with four orientations")
     data = probe.load_data(settings, "cpu")
     group = hssl.Rotation(4)
     x = data.batch(data.test_images, torch.tensor([0]))    # (1, 1, H, W)
@@ -100,7 +102,9 @@ def idea(run):
 
 def curves(name):
     """Loss and --eval-every's measures over the steps of a table's runs, by row."""
-    runs = [run for run in report.read_runs(name) if run["looks"]]
+    runs = [run for run in report.read_runs(name) if "held_out" in run["frozen"]]
+    if not runs:
+        raise ValueError(f"{name} was trained without --eval-every, so there is nothing to draw")
     rows = report.rows_of(runs)
     _, grid = plt.subplots(2, 3, num=f"curves-{name}")
     loss, *panels = grid.flat
