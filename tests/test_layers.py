@@ -217,3 +217,13 @@ BASIS = steerable_basis("rotation", 4, 5)
 def test_arguments_that_do_not_fit(call, arguments, message):
     with pytest.raises(ValueError, match=message):
         call(*arguments)
+
+
+def test_residual_weights_are_drawn_by_their_fan_out():
+    """He initialisation, as in SESN: output channels times weights per pair of channels."""
+    backbone = ResidualBackbone(widths=(16, 32, 64, 64))
+    weights = [weight for weight in backbone.parameters() if weight.ndim == 4]
+    assert len(weights) == 1 + 6 * 2 + 3
+    for weight in weights:
+        fan_out = weight.shape[0] * weight.shape[2] * weight.shape[3]
+        assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.2)

@@ -51,11 +51,15 @@ def test_multi_view_loss_is_that_of_a_plain_loop(count, float64):
         simclr.multi_view_nt_xent(*views, torch.ones(4, 6))
 
 
+def unchanged(x, generator):
+    return x
+
+
 SIMCLR = ["--dataset", "glyphs", *SMALL, "--method"]
 
 
 @pytest.mark.parametrize("method", ("simclr", "h-ssl"))
-def test_simclr_trains_a_run_that_probe_reads(method, few_glyphs, tmp_path):
+def test_simclr_trains_a_run_that_probe_reads(method, few_glyphs, tmp_path, monkeypatch):
     losses = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         simclr.main([*SIMCLR, method, "--seed", seed, "--out", str(tmp_path / name)])
@@ -69,6 +73,10 @@ def test_simclr_trains_a_run_that_probe_reads(method, few_glyphs, tmp_path):
     assert {name: result[name] for name in measures} == measures
     flags = [*SIMCLR, "h-ssl", "--out", str(run), "--resume"]    # it is no run of train.py
     assert status_of(train.main, train.parse(flags)) == 2
+
+    monkeypatch.setattr(simclr, "augment", unchanged)
+    simclr.main([*SIMCLR, method, "--out", str(tmp_path / "d")])
+    assert log_of(tmp_path / "d")[0]["loss"] < losses[0][0]
 
 
 @pytest.mark.parametrize("circular", (False, True))

@@ -69,6 +69,20 @@ def test_each_process_has_the_gpu_of_its_number(monkeypatch):
     assert train.choose_device("cpu", 2) == torch.device("cpu")
 
 
+@pytest.mark.parametrize("rank, local_rank, turn", ((0, 0, 0), (4, 0, 1), (1, 1, 2)))
+def test_processes_load_in_three_turns(rank, local_rank, turn, monkeypatch):
+    """The first of all, the first of each machine, the others; after each turn all wait."""
+    events = []
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(train, "rank_and_world", lambda: (rank, 8))
+    monkeypatch.setattr(train, "wait", events.append)
+    monkeypatch.setattr(probe, "load_data", lambda *arguments: events.append("load"))
+    train.load_in_turn(train.parse([]), torch.device("cpu"), "wait")
+    expected = ["wait", "wait", "wait"]
+    expected.insert(turn, "load")
+    assert events == expected
+
+
 def test_batch_norm_is_synchronised_on_gpus():
     """All of it, with the parameters that the optimizer has; on CPUs none."""
     args = train.parse(["--widths", "2", "3", "4", "5"])
