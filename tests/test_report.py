@@ -12,15 +12,6 @@ import report
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_paired_takes_the_seeds_that_both_have():
-    """Differences 1, 2 and 3: mean 2, deviation 1, so the mean's standard error is 1 / √3."""
-    a = {0: 11, 7: 99, 2: 33, 1: 22}
-    b = {1: 20, 2: 30, 0: 10, 3: -99}
-    assert report.paired(a, b) == (3, 2, pytest.approx(3 ** -0.5))
-    assert report.paired(b, a) == (3, -2, pytest.approx(3 ** -0.5))
-    assert report.paired({0: 5}, {1: 5}) == (0, None, None)
-
-
 def make_run(row, seed, frozen, trained, training_seconds=60.4):
     """A record in which all measures are equal."""
     about = dict(row=row, seed=seed, epoch=8, training_seconds=training_seconds)

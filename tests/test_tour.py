@@ -1,7 +1,5 @@
 """TOUR.md: every block runs, pasted into Python's prompt in order, and prints what stands below it.
 
-    python tests/test_tour.py        writes what the blocks print into TOUR.md
-
 Words must be the same. Numbers may differ by 1e-4; in steps that train by 2 %, and accuracies by
 3 points, for processors round differently and training magnifies that; errors below 1e-6 by
 anything that stays there. The number after "about" is a ratio of times, which no test holds.
@@ -11,7 +9,6 @@ import contextlib
 import importlib
 import io
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,21 +75,3 @@ def test_the_pictures(outputs, tmp_path, monkeypatch):
     figures.main(["tour", "--results", str(tmp_path)])
     sizes = [path.stat().st_size for path in tmp_path.glob("*.png")]
     assert len(sizes) == 4 and min(sizes) > 5000
-
-
-@pytest.mark.parametrize("kind, expected, right, wrong", (
-    ("", 2.0, 2.0001, 2.001), ("", 3e-16, 8e-15, 2e-6), ("top-1 ", 80, 78, 76)))
-def test_the_comparison_can_fail(kind, expected, right, wrong):
-    assert close(kind, expected, right, 1e-4)
-    assert not close(kind, expected, wrong, 1e-4)
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(TOUR.parent))
-    printed = [output for _, _, _, output, _ in run()]
-
-    def with_output(block):
-        return f"```python\n{block[1]}```\n```text\n{printed.pop(0)}```"
-
-    text = TOUR.read_text(encoding="utf-8")
-    TOUR.write_text(BLOCK.sub(with_output, text), encoding="utf-8")
