@@ -407,8 +407,8 @@ def warp(x, matrix, outside):
     """Resample maps (B, C, H, W): the value at u is that at matrix @ u, u from the centre;
     matrix (B, 2, 2), of the type `precise` names.
 
-    outside: what lies beyond: "zeros" for images, "border" for features, which go on as at the
-    border. Raises a ValueError for maps of integers.
+    outside: what lies beyond: "zeros" for images, "border" for features, whose border repeats.
+    Raises a ValueError for maps of integers.
     """
     if not x.is_floating_point():
         raise ValueError(f"maps to be resampled must be floating-point, but are {x.dtype}")

@@ -27,8 +27,8 @@ def nt_xent(h1, h2, temperature=0.1):
     shapes or temperatures.
     """
     if h1.ndim != 2 or h1.shape != h2.shape or len(h1) == 0:
-        raise ValueError(f"h1 and h2 must both be (N, D), but are {tuple(h1.shape)} and "
-                         f"{tuple(h2.shape)}")
+        raise ValueError(f"h1 and h2 must both be (N, D), N at least 1, but are "
+                         f"{tuple(h1.shape)} and {tuple(h2.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, but must be above 0")
     n = len(h1)

@@ -350,7 +350,7 @@ def score(x, x_test, data):
 def evaluate(encoder, data, grid=2, amp="off", update_statistics=False):
     """Measure a frozen encoder, images (B, C, H, W) -> features (B, C', G, H', W'); a dict of
 
-        top1                `linear_classifier`, in percent; None without two classes to tell apart
+        top1                `linear_classifier`, in percent; None without labels of two classes
         neighbours          `neighbours`, the same, among 10,000 training images at most
         effective_rank      `effective_rank` of these training images
         mean_top1, mean_neighbours, mean_effective_rank       the same

@@ -226,7 +226,8 @@ def make_objective(args, classes):
 
 
 def schedule(step, warmup, total):
-    """Factor on the learning rate: a linear warm-up over the first steps, then a cosine to zero."""
+    """Factor on the learning rate: a linear warm-up over the first steps, then a cosine to zero,
+    if steps are left."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

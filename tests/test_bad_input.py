@@ -1,4 +1,4 @@
-"""What train.py refuses: each with exit status 2, one clear line, and no folder made."""
+"""What train.py refuses: each with exit status 2, one clear line, and nothing written."""
 import functools
 import os
 import pathlib
