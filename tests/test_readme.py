@@ -93,7 +93,7 @@ def test_examples_run_as_pasted_and_print_what_they_say(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("title, name, group, seeds, supervised_seeds", (
-    ("translation, 20 epochs", "digits", "", range(2), range(2)),
+    ("translation, 20 epochs", "digits", "", range(3), range(3)),
     ("rotation, 8 epochs", "mnist", "rotation ", range(10), range(3)),
     ("scale, 8 epochs", "mnist", "scale ", range(10), range(3)),
     ("translation, the paper's 500 epochs", "paper-mnist", "translation ", range(2), range(1)),
