@@ -50,10 +50,6 @@ def test_multi_view_loss_is_that_of_a_plain_loop(count, float64):
         simclr.multi_view_nt_xent(*views, torch.ones(4, 6))
 
 
-def unchanged(x, generator):
-    return x
-
-
 SIMCLR = ["--dataset", "glyphs", *SMALL, "--method"]
 
 
@@ -73,7 +69,7 @@ def test_simclr_trains_a_run_that_probe_reads(method, few_glyphs, tmp_path, monk
     flags = [*SIMCLR, "h-ssl", "--out", str(run), "--resume"]    # it is no run of train.py
     assert status_of(train.main, train.parse(flags)) == 2
 
-    monkeypatch.setattr(simclr, "augment", unchanged)
+    monkeypatch.setattr(simclr, "augment", lambda x, generator: x)
     simclr.main([*SIMCLR, method, "--out", str(tmp_path / "d")])
     assert log_of(tmp_path / "d")[0]["loss"] < losses[0][0]
 
