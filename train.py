@@ -52,7 +52,7 @@ GROUPS = {
     "scale": dict(group_size=3, base_space=1, kernel_size=7),
 }
 # Settings that may differ when a run is resumed.
-FREE = "resume out data_dir cache_dir device amp save_every log_every eval_every".split()
+FREE = "resume out data_dir cache_dir device save_every log_every eval_every".split()
 
 
 class Number:
