@@ -84,7 +84,7 @@ def add_flags(add):
     # The encoder.
     add("--widths", type=Number(1), nargs="+", default=[32, 63, 95],
         help="channels of the stages: three for SESN's MNIST network, four for its residual one")
-    add("--kernel-size", type=Number(1), default=7, help="side of the filters in pixels")
+    add("--kernel-size", type=Number(3), default=7, help="side of the filters in pixels, odd")
     add("--padding", choices=["zeros", "circular"], default="zeros",
         help="of the convolutions, and of shifted images")
     add("--group-size", type=Number(1), help="orientations or scales of the encoder")
