@@ -52,8 +52,8 @@ class Dataset:
             types = (images.dtype, labels.dtype)
             fits = types == (torch.uint8, torch.int64) and labels.shape == images.shape[:1]
             if not fits or images.ndim != 4 or len(images) == 0:
-                raise ValueError(f"{split} images must be (N, C, H, W) torch.uint8, N at least 1, and "
-                                 f"labels (N,) torch.int64, but are {tuple(images.shape)} "
+                raise ValueError(f"{split} images must be (N, C, H, W) torch.uint8, N at least 1, "
+                                 f"and labels (N,) torch.int64, but are {tuple(images.shape)} "
                                  f"{images.dtype} and {tuple(labels.shape)} {labels.dtype}")
             low, high = labels.aminmax()
             if (low < 0 or high >= self.classes) and not low == high == -1:

@@ -143,6 +143,11 @@ class SteerableConv2d(nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_channels))
 
+    def filters(self):
+        """Learned combinations of the basis, for an extent of 1: (G·C', C, k, k)."""
+        filters = torch.tensordot(self.weight.squeeze(2), self.basis, dims=1)    # (C', C, G, k, k)
+        return filters.permute(2, 0, 1, 3, 4).flatten(0, 1)
+
     def convolve(self, x, filters, groups=1):
         """(B, G·C or C, H, W) -> (B, C', G, H, W): one conv2d for the whole group axis."""
         bias = None
@@ -168,11 +173,6 @@ class LiftingConv2d(SteerableConv2d):
 
     def __init__(self, in_channels, out_channels, basis, padding_mode="zeros", bias=True):
         super().__init__(in_channels, out_channels, basis, 1, padding_mode, bias)
-
-    def filters(self):
-        """Learned combinations of the basis: (G·C', C, k, k)."""
-        filters = torch.tensordot(self.weight.squeeze(2), self.basis, dims=1)    # (C', C, G, k, k)
-        return filters.permute(2, 0, 1, 3, 4).flatten(0, 1)
 
     def forward(self, x):
         if x.ndim != 4:
@@ -202,8 +202,7 @@ class GroupConv2d(SteerableConv2d):
         """Learned combinations of the basis: (G·C', C, k, k), or (G·C', G·C, k, k) for an extent
         above 1."""
         if self.extent == 1:
-            filters = torch.tensordot(self.weight.squeeze(2), self.basis, dims=1)
-            return filters.permute(2, 0, 1, 3, 4).flatten(0, 1)
+            return super().filters()
         weight = F.pad(self.weight, (0, 0, 0, self.places - self.extent))
         # Output g has the first output's weights, g places further on.
         weights = [weight.roll(g, 2)[:, :, :self.group_size] for g in range(self.group_size)]

@@ -364,7 +364,7 @@ class Diverged(Exception):
     """The training cannot go on."""
 
 
-def check_data(args, data, world=1):
+def check_data(args, data, world):
     """Add to the settings what follows from the images. Raises a ValueError where they do not fit
     each other."""
     count = len(data.train_images)
