@@ -10,7 +10,6 @@ Letters: N training rows, M test rows, D numbers per row, K classes, C channels,
 H W space.
 """
 import argparse
-import io
 import json
 import math
 import sys
@@ -41,13 +40,6 @@ def write_whole(path, content):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}, whose old content still stands: {error}") from None
-
-
-def write_checkpoint(path, checkpoint):
-    """Write a dict of tensors and plain values by `write_whole`."""
-    content = io.BytesIO()    # torch.save to a file would hide a full disk.
-    torch.save(checkpoint, content)
-    write_whole(path, content.getvalue())
 
 
 def read_checkpoint(path):
@@ -94,10 +86,12 @@ def make_encoder(settings):
     return DenseBackbone(side, s.widths, channels)
 
 
-def load_run(folder):
-    """The trained encoder of a run's folder, in evaluation mode, and the checkpoint that holds it.
+def load_encoder(folder):
+    """The trained encoder of a run's folder, in evaluation mode, and the run's settings, a dict.
 
-    Raises a ValueError, in one line, for a checkpoint that is missing, damaged or does not fit.
+    It takes images (B, C, H, W) as `data.Dataset.batch` normalises them, pixels from 0 to 1 minus
+    settings["mean"], divided by settings["std"], and gives features (B, C', G, H', W'). Raises a
+    ValueError, in one line, for a checkpoint that is missing, damaged or does not fit.
     """
     path = f"{folder}/checkpoint.pt"
     checkpoint = read_checkpoint(path)
@@ -110,18 +104,7 @@ def load_run(folder):
         # PyTorch's message is several lines, of which the first says little.
         raise ValueError(f"{path} does not hold the encoder that this version makes by the run's "
                          f"settings ({type(error).__name__}): train it again") from None
-    return encoder.eval(), checkpoint
-
-
-def load_encoder(folder):
-    """The trained encoder of a run's folder, in evaluation mode, and the run's settings, a dict.
-
-    It takes images (B, C, H, W) as `data.Dataset.batch` normalises them, pixels from 0 to 1 minus
-    settings["mean"], divided by settings["std"], and gives features (B, C', G, H', W'). Errors as
-    for `load_run`.
-    """
-    encoder, checkpoint = load_run(folder)
-    return encoder, checkpoint["settings"]
+    return encoder.eval(), checkpoint["settings"]
 
 
 def load_data(settings, device, data_dir=None, cache_dir=None):
@@ -395,8 +378,10 @@ def in_words(result):
 
 def probe_run(folder, device, data_dir, cache_dir):
     """What the command does. Raises a ValueError or an OSError, in one line, for bad input."""
-    encoder, checkpoint = load_run(folder)
-    settings = checkpoint["settings"]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("PyTorch sees no GPU: use --device cpu")
+    encoder, settings = load_encoder(folder)
+    checkpoint = read_checkpoint(f"{folder}/checkpoint.pt")
     data = load_data(settings, device, data_dir, cache_dir)
     torch.manual_seed(settings["seed"])
     untrained = make_encoder(settings)
@@ -417,12 +402,26 @@ def probe_run(folder, device, data_dir, cache_dir):
     print(json.dumps(write_result(out, settings, result, frozen, checkpoint.get("epoch"))))
 
 
-def out_of_memory(error):
-    """Whether an error says, as Python, CUDA, its libraries or PyTorch on a CPU do, that memory ran
-    out."""
-    names = ("MemoryError", "out of memory", "ALLOC_FAILED", "can't allocate memory",
-             "Storage size calculation overflowed")
-    return any(name in repr(error) for name in names)
+def end(message, status):
+    """End the program with one line."""
+    print(f"{Path(sys.argv[0]).name}:", *str(message).split(), file=sys.stderr)
+    sys.exit(status)
+
+
+def run(program, *arguments):
+    """Call a program's function. Bad input, or no room on the disk or in memory, ends the program
+    with one line and exit status 2."""
+    # What Python, CUDA, its libraries and PyTorch on a CPU say when memory runs out.
+    out_of_memory = ("MemoryError", "out of memory", "ALLOC_FAILED", "can't allocate memory",
+                     "Storage size calculation overflowed")
+    try:
+        program(*arguments)
+    except (ValueError, OSError, OverflowError) as error:
+        end(error, 2)
+    except (RuntimeError, MemoryError) as error:
+        if not any(words in repr(error) for words in out_of_memory):
+            raise
+        end("out of memory: take a smaller --batch-size or network, or another --device", 2)
 
 
 def main(argv=None):
@@ -433,16 +432,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         choices=("cpu", "cuda"), help="(cuda if there is a GPU)")
     args = parser.parse_args(argv)
-    try:
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("PyTorch sees no GPU: use --device cpu")
-        probe_run(**vars(args))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"probe.py: {error}\n")
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        parser.exit(2, "probe.py: out of memory: take another --device\n")
+    run(probe_run, args.folder, args.device, args.data_dir, args.cache_dir)
 
 
 if __name__ == "__main__":

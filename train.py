@@ -9,12 +9,14 @@ Letters: B images of this process in a step, C channels, H W space, D numbers pe
 """
 import argparse
 import copy
+import io
 import json
 import math
 import os
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -104,7 +106,8 @@ def add_flags(add):
     add("--epochs", type=Number(1), help="passes over the training images")
     add("--batch-size", type=Number(2), default=4096, help="images per step, over all processes")
     add("--lr", type=Number(0.0), default=0.1, help="peak learning rate of LARS")
-    add("--warmup-epochs", type=Number(0.0), default=10.0, help="linear warm-up, by step")
+    add("--warmup-epochs", type=Number(0.0), default=10.0,
+        help="linear, by step; one longer than the training does not reach --lr")
     add("--momentum", type=Number(0.0), default=0.9, help="of LARS")
     add("--weight-decay", type=Number(0.0), default=1e-4, help="of weights, not of vectors")
     add("--trust-coefficient", type=Number(0.0), default=0.001, help="of LARS")
@@ -157,21 +160,18 @@ def parse(argv=None):
 # ----------------------------------------------------------------------------------- the objectives
 
 class SelfSupervised(nn.Module):
-    """Encoder, head and NT-Xent as one module, so that DistributedDataParallel sees one pass."""
+    """Encoder, head and objective as one module, so that DistributedDataParallel sees one pass."""
 
-    def __init__(self, encoder, head, group, temperature, ssl_loss):
+    def __init__(self, encoder, head, I, group, ssl_loss):
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.I = I
         self.group = group
-        self.temperature = temperature
         self.ssl_loss = ssl_loss
 
     def forward(self, x, g1, g2):    # x: (B, C, H, W), g1 and g2: (B, ...)
-        return self.ssl_loss(self.encoder, self.head, self.compare, self.group, x, g1, g2)
-
-    def compare(self, h1, h2):    # (B, D) each
-        return nt_xent(h1, h2, self.temperature)
+        return self.ssl_loss(self.encoder, self.head, self.I, self.group, x, g1, g2)
 
 
 class Supervised(nn.Module):
@@ -220,8 +220,9 @@ def make_objective(args, classes):
     view = group.base(encoder(group.T(group.elements[:1], image)))
     width = readout(view, args.grid).shape[1]
     head = ProjectionHead(width, *args.head_widths, args.grid)
+    I = partial(nt_xent, temperature=args.temperature)
     ssl_loss = h_ssl_loss if args.method == "h-ssl" else a_ssl_loss
-    objective = SelfSupervised(encoder, head, group, args.temperature, ssl_loss)
+    objective = SelfSupervised(encoder, head, I, group, ssl_loss)
     return objective.train(), group.elements[allowed_pairs(group, args.max_distance)]
 
 
@@ -333,18 +334,6 @@ def find_checkpoint(args):
     return checkpoint
 
 
-def write_config(args, world, resumed_at):
-    """Write config.json: the settings, and the torch version and number of processes of the start
-    and of each resumption, at the step resumed_at."""
-    path = Path(args.out, "config.json")
-    about = dict(torch=torch.__version__, processes=world)
-    config = vars(args) | about
-    if resumed_at is not None and path.exists():
-        config = json.loads(path.read_text())
-        config.setdefault("resumed", []).append(dict(step=resumed_at) | about)
-    probe.write_whole(path, json.dumps(config).encode())
-
-
 def open_log(out, step):
     """log.jsonl, without the lines that come after the checkpoint's step."""
     path = Path(out, "log.jsonl")
@@ -392,28 +381,32 @@ def save(args, states, progress):
     checkpoint = dict(settings=vars(args), **progress)
     for name, owner in states.items():
         checkpoint[name] = owner.state_dict()
-    probe.write_checkpoint(Path(args.out, "checkpoint.pt"), checkpoint)
+    content = io.BytesIO()    # torch.save to a file would hide a full disk
+    torch.save(checkpoint, content)
+    probe.write_whole(Path(args.out, "checkpoint.pt"), content.getvalue())
 
 
 def resume(args, states, patient):
-    """Go on from the checkpoint, if there is one. Returns the progress."""
+    """Go on from the checkpoint, if there is one, and write config.json: the settings, and where,
+    by what torch and in how many processes the training started. Returns the progress."""
     found = [None]
     rank, world = rank_and_world()
     if rank == 0:
         found = [find_checkpoint(args)]
     if patient is not None:
         dist.broadcast_object_list(found, group=patient)
-    progress = dict(step=0, epoch=0, frozen=None)
+    progress = dict(step=0, epoch=0, frozen=None, starts=[])
     checkpoint = found[0]
-    resumed_at = None
     if checkpoint is not None:
-        resumed_at = checkpoint["step"]
         for name, owner in states.items():
             owner.load_state_dict(checkpoint[name])
         for name in progress:
             progress[name] = checkpoint[name]
+    start = dict(step=progress["step"], torch=str(torch.__version__), processes=world)
+    progress["starts"].append(start)
     if rank == 0:
-        write_config(args, world, resumed_at)
+        config = vars(args) | dict(starts=progress["starts"])
+        probe.write_whole(Path(args.out, "config.json"), json.dumps(config).encode())
     return progress
 
 
@@ -531,23 +524,11 @@ def train(args):
         dist.destroy_process_group()
 
 
-def end(message, status):
-    """End the program with one line."""
-    print(f"{Path(sys.argv[0]).name}:", *str(message).split(), file=sys.stderr)
-    sys.exit(status)
-
-
 def main(args):
     try:
-        train(args)
+        probe.run(train, args)
     except Diverged as error:
-        end(f"{error}, what was saved before stays: try a lower --lr, or --amp bfloat16", 1)
-    except (ValueError, OSError, OverflowError) as error:
-        end(error, 2)
-    except (RuntimeError, MemoryError) as error:
-        if not probe.out_of_memory(error):
-            raise
-        end("out of memory: take a smaller --batch-size or a smaller network", 2)
+        probe.end(f"{error}, what was saved before stays: try a lower --lr, or --amp bfloat16", 1)
 
 
 if __name__ == "__main__":

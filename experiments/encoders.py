@@ -145,7 +145,9 @@ def main():
     lines = report.heading("encoder, untrained", "error of Eq. (1)")
     content = {"torch": torch.__version__}
     for library in ("e2cnn", "escnn", "timm"):
-        if importlib.util.find_spec(library) is None and not write:
+        if importlib.util.find_spec(library) is None:
+            if write:
+                raise ValueError(f"--write needs {library}, which is not installed")
             print(f"{library} is not installed: its rows are left out")
             continue
         release = f"{library} {importlib.metadata.version(library)}"

@@ -12,6 +12,7 @@ H W space.
 import argparse
 import math
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +83,8 @@ class Augmented(train.SelfSupervised):
     With a group the views are two of each copy, by the same g1 and g2, else the copies' maps.
     """
 
-    def __init__(self, encoder, head, group, temperature, seed):
-        super().__init__(encoder, head, group, temperature, None)
+    def __init__(self, encoder, head, I, group, seed):
+        super().__init__(encoder, head, I, group, None)
         self.seed = seed
         # In the checkpoint, so that a resumed run draws what it would have drawn.
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -100,7 +101,7 @@ class Augmented(train.SelfSupervised):
             else:
                 for g in (g1, g2):
                     views.append(self.head(self.group.view(g, z)))
-        return multi_view_nt_xent(*views, temperature=self.temperature)
+        return self.I(*views)
 
 
 @torch.no_grad()
@@ -118,7 +119,8 @@ def make_objective(args, classes):
         pairs = group.elements[allowed_pairs(group, args.max_distance)]
     width = readout(view, args.grid).shape[1]
     head = ProjectionHead(width, *args.head_widths, args.grid)
-    objective = Augmented(encoder, head, group, args.temperature, args.seed)
+    I = partial(multi_view_nt_xent, temperature=args.temperature)
+    objective = Augmented(encoder, head, I, group, args.seed)
     return objective.train(), pairs
 
 

@@ -180,6 +180,7 @@ def read_run(folder):
     steps.
     """
     settings = report.read_json(folder / "config.json")
+    start = settings["starts"][0]
     seconds = 0
     step = 0
     losses = []
@@ -192,8 +193,8 @@ def read_run(folder):
         if "held_out" in line:
             looks.append(dict(step=step, epoch=line["epoch"], **line["held_out"]))
     record = dict(
-        torch=settings["torch"],
-        machine=machine(settings["device"], settings.get("processes", 1)),
+        torch=start["torch"],
+        machine=machine(settings["device"], start["processes"]),
         training_seconds=round(seconds, 1),
         losses=losses[::len(losses) // 300 + 1],
         looks=looks,

@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import train
-from helpers import SMALL, draw_few_glyphs, in_processes, log_of, one_line, train_here
+from helpers import (SMALL, assert_equal, draw_few_glyphs, in_processes, log_of, one_line,
+                     train_here)
 from losses import AllGather, nt_xent
 
 worlds = pytest.mark.parametrize("world", (2, 4))
@@ -91,8 +92,12 @@ def record_run(rank, folder, world):
     """Run train.py and keep what its loss was given, step by step: images, elements, weights; and
     what was printed."""
     recorded = []
+    resumed = []
     printed = io.StringIO()
     loss = train.h_ssl_loss
+
+    def recording_fit(args, data, model, pairs, plain_encoder, states, progress, patient):
+        resumed.append([progress["step"], states["optimizer"].state_dict()])
 
     def recording_loss(f, h, I, group, x, g1, g2):
         weights = [parameter.detach().flatten() for parameter in (*f.parameters(), *h.parameters())]
@@ -103,9 +108,12 @@ def record_run(rank, folder, world):
         draw_few_glyphs(patch)
         patch.setattr(train, "h_ssl_loss", recording_loss)
         train_here(folder / f"run-{world}", "--eval-every", "2")
-    # No process may leave before the classifier is done: torchrun would end the others.
-    assert (folder / f"run-{world}" / "probe.json").exists()
-    torch.save((recorded, printed.getvalue()), folder / f"{world}-{rank}.pt")
+        # No process may leave before the classifier is done: torchrun would end the others.
+        assert (folder / f"run-{world}" / "probe.json").exists()
+        # Once more, the training is over: all processes go on from the first one's checkpoint.
+        patch.setattr(train, "fit", recording_fit)
+        train_here(folder / f"run-{world}", "--eval-every", "2", "--resume")
+    torch.save((recorded, resumed, printed.getvalue()), folder / f"{world}-{rank}.pt")
 
 
 @worlds
@@ -115,10 +123,12 @@ def test_batches_and_views_do_not_depend_on_the_processes(world, tmp_path):
     only the first prints."""
     record_run(0, tmp_path, 1)
     in_processes(world, record_run, tmp_path, world)
-    alone, printed_alone = torch.load(tmp_path / "1-0.pt")
+    alone, _, printed_alone = torch.load(tmp_path / "1-0.pt")
     found = [torch.load(tmp_path / f"{world}-{rank}.pt") for rank in range(world)]
-    shares = [recorded for recorded, _ in found]
-    for rank, (_, printed) in enumerate(found):
+    shares = [recorded for recorded, _, _ in found]
+    checkpoint = torch.load(tmp_path / f"run-{world}" / "checkpoint.pt")
+    for rank, (_, resumed, printed) in enumerate(found):
+        assert_equal(resumed, [[6, checkpoint["optimizer"]]])
         assert printed.count("\n") == (printed_alone.count("\n") if rank == 0 else 0)
     assert len(alone) == 6
     for step in range(6):
@@ -134,7 +144,8 @@ def test_batches_and_views_do_not_depend_on_the_processes(world, tmp_path):
     for name in ("step", "lr"):
         assert [line[name] for line in lines] == [line[name] for line in expected]
     assert ["held_out" in line for line in lines] == [False] * 5 + [True]
-    assert json.loads((tmp_path / f"run-{world}" / "config.json").read_text())["processes"] == world
+    starts = json.loads((tmp_path / f"run-{world}" / "config.json").read_text())["starts"]
+    assert [(start["step"], start["processes"]) for start in starts] == [(0, world), (6, world)]
 
 
 @pytest.mark.parametrize("flags, world", (("--batch-size 2", 2), ("--batch-size 64", 3)))

@@ -120,8 +120,9 @@ def test_what_a_run_prints_and_writes(tmp_path, capsys):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"config.json", "log.jsonl", "checkpoint.pt", "probe.json"}
     config = json.loads((tmp_path / "config.json").read_text())
-    expected = dict(widths=[2, 3, 4], mean=0.0, std=0.3, torch=torch.__version__, processes=1)
+    expected = dict(widths=[2, 3, 4], mean=0.0, std=0.3)
     assert expected.items() <= config.items()
+    assert config["starts"] == [dict(step=0, torch=torch.__version__, processes=1)]
     log = log_of(tmp_path)
     steps = [(line["epoch"], line["step"]) for line in log]
     assert steps == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6)]
