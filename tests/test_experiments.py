@@ -1,6 +1,7 @@
 """experiments/tables.py trains what it lists and loses nothing; figures.py draws."""
 import importlib
 import json
+import re
 import subprocess
 import sys
 
@@ -98,6 +99,9 @@ def test_a_table_is_trained_once_and_loses_nothing(call, tmp_path, monkeypatch, 
     assert (first["row"], first["seed"], first["flags"]) == ("h-ssl", 0, ROWS["h-ssl"])
     assert [step for step, loss in first["losses"]] == [1, 2, 3, 4, 5, 6]
     assert [look["epoch"] for look in first["looks"]] == [1, 2]
+    log = tmp_path / "runs/mine/h-ssl-0/log.jsonl"
+    log.write_text(re.sub(r'second": [^,}]+', 'second": 32', log.read_text()))
+    assert tables.read_run(log.parent)["training_seconds"] == 6 * 64 / 32
     result = json.loads((tmp_path / "runs/mine/h-ssl-0/probe.json").read_text())
     assert first.items() >= result.items()
 

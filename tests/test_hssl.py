@@ -62,6 +62,16 @@ def test_images_are_turned_and_enlarged():
     torch.testing.assert_close(enlarged[0, 0, 3], column / 2)
 
 
+@pytest.mark.parametrize("group", (Rotation(8), Scale(3, 1.41)))
+def test_positions_are_not_of_half_precision(group):
+    """In bfloat16 they would be off by a tenth of a pixel."""
+    x = torch.randn(1, 1, 28, 28)
+    g = torch.ones(1, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        moved = group.T(g, x.bfloat16())
+    assert (moved - group.T(g, x)).abs().max() < 0.03
+
+
 def test_images_are_shifted():
     """Down and right by g times the stride; zeros or the other side come in."""
     x = torch.randn(2, 3, 28, 28)

@@ -227,3 +227,6 @@ def test_residual_weights_are_drawn_by_their_fan_out():
     for weight in weights:
         fan_out = weight.shape[0] * weight.shape[2] * weight.shape[3]
         assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.2)
+    # A layer's own are uniform, as in SESN, up to one over the root of the fan-in.
+    largest = LiftingConv2d(20, 50, BASIS).weight.abs().max().item()
+    assert largest == pytest.approx((20 * len(BASIS)) ** -0.5, rel=0.01)

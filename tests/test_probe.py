@@ -119,6 +119,22 @@ def test_the_linear_classifier_has_biases_and_takes_more_columns_than_rows():
         assert probe.linear_classifier(x, labels, x, labels, 2) == 90
 
 
+@pytest.mark.parametrize("deviation, tried", ((1000, 2), (0.1, 6)))
+def test_the_penalty_is_the_last_before_the_loss_rises(deviation, tried, monkeypatch):
+    """Of noise the strongest, of points that are classes the weakest; then all rows are taken."""
+    x, labels = clusters(400, 3, 30, deviation)
+    penalties = []
+
+    def recording(x, labels, penalty, start, regression=probe.softmax_regression):
+        penalties.append((len(x), penalty))
+        return regression(x, labels, penalty, start)
+
+    monkeypatch.setattr(probe, "softmax_regression", recording)
+    probe.linear_classifier(x, labels, x, labels, 3)
+    chosen = probe.PENALTIES[0 if tried == 2 else -1]
+    assert penalties == [(380, penalty) for penalty in probe.PENALTIES[:tried]] + [(400, chosen)]
+
+
 def test_evaluate_on_what_can_be_solved():
     """One pixel of four tells the class: all is known on 2x2 cells, nothing of their mean."""
     expected = dict(top1=100, neighbours=100, effective_rank=3, mean_top1=25, mean_neighbours=25,
