@@ -1,6 +1,7 @@
 """Measure after every layer of a network how far Eq. (1) is from holding: f(T_g x) = Γ_g f(x).
 
     python experiments/equivariance.py                    fresh networks with SESN's filters
+    python experiments/equivariance.py RUN                a run's encoder, before and after training
     python experiments/equivariance.py MODULE:FUNCTION    a network of your own
 
 MODULE is found in the current folder, as are an hssl.py and a layers.py of your own. FUNCTION()
@@ -111,6 +112,24 @@ def fresh_networks():
     return columns
 
 
+def networks_of_run(folder):
+    """A run's encoder as it began and as it ended, on its test images: {column: {layer: error}}."""
+    import probe
+    import train
+
+    trained, settings = probe.load_encoder(folder)
+    data = probe.load_data(settings, "cpu")
+    x = data.batch(data.test_images, torch.arange(50))
+    torch.manual_seed(settings["seed"])
+    fresh = probe.make_encoder(settings)
+    probe.take_statistics(fresh, data)
+    group = train.make_group(argparse.Namespace(**settings), trained.stride)
+    return {
+        "fresh": layer_errors(fresh, group, x),
+        "trained": layer_errors(trained, group, x),
+    }
+
+
 def own_network(name):
     """The error after every layer of MODULE:FUNCTION's network."""
     module, _, function = name.partition(":")
@@ -130,12 +149,16 @@ def print_table(columns):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", nargs="?", metavar="MODULE:FUNCTION", help="(fresh networks)")
+    parser.add_argument("name", nargs="?", metavar="RUN or MODULE:FUNCTION",
+                        help="(fresh networks)")
     parser.add_argument("--results", metavar="FOLDER",
                         help="folder of the JSON file to write, for fresh networks (none)")
     args = parser.parse_args(argv)
     if args.name is not None:
-        print_table({args.name: own_network(args.name)})
+        if os.path.isdir(args.name):
+            print_table(networks_of_run(args.name))
+        else:
+            print_table({args.name: own_network(args.name)})
         return
     columns = fresh_networks()
     print_table(columns)

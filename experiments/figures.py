@@ -106,7 +106,7 @@ def curves(name):
     if not runs:
         raise ValueError(f"{name} was trained without --eval-every, so there is nothing to draw")
     rows = report.rows_of(runs)
-    _, grid = plt.subplots(2, 3, num=f"curves-{name}")
+    figure, grid = plt.subplots(2, 3, num=f"curves-{name}")
     loss, *panels = grid.flat
     loss.set(title="NT-Xent, nats", xlabel="step")
     for axes, title in zip(panels, report.MEASURES):
@@ -124,7 +124,7 @@ def curves(name):
         for axes, measure in zip(panels, report.MEASURES.values()):
             values = [look[measure] for look in looks]
             (lines[row],) = axes.plot(steps, values, ".-", color=colour)
-    loss.legend(lines.values(), lines, fontsize=8)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
 
 
 def sweeps(_):
@@ -226,8 +226,8 @@ def tour_views(tour):
     scales = torch.zeros(5, 5)
     scales[:, 1:4] = 1
     scales += 2 * torch.eye(5).flip(1)
-    picture(grid[5], scales, "rows: g from −2 to 2; pale: scales 0, 1, 2;\n"
-            "dark: what the view of g reads", cmap="Blues")
+    picture(grid[5], scales, "rows: g from −2 to 2\npale: scales 0, 1, 2\n"
+            "dark: what g's view reads", cmap="Blues")
 
 
 def tour_training(tour):
