@@ -9,6 +9,7 @@
     work                     H-SSL for 16 epochs beside A-SSL and SimCLR for 8
     digits                   a setting that teaches, by translation at full width, all images
     why                      what of it helps: the paper's values, changed one by one
+    other-groups             rotation, on glyphs, and scale until the measures stop changing
     cifar10                  the residual network
     paper-...                the paper's settings, for --launcher "torchrun --nproc_per_node=8"
 
@@ -55,6 +56,14 @@ DIGITS = ("--dataset mnist --device cpu --amp bfloat16 --batch-size 256 --warmup
 # The paper's values for 1,520 steps of a narrow network, on images held out.
 REPLICA = ("--dataset mnist --device cpu --amp bfloat16 --train-images 10000 --validate 5000 "
            "--batch-size 512 --epochs 80 --warmup-epochs 4 --widths 16 32 48 --method h-ssl")
+ROTATION_ON_GLYPHS = (
+    "--dataset glyphs --device cpu --amp bfloat16 --batch-size 512 --epochs 20 --warmup-epochs 1 "
+    "--group rotation --widths 8 16 24 --kernel-size 5 --base-space 2 --grid 2 --temperature 0.5 "
+    "--trust-coefficient 0.03")
+SCALE_ON_DIGITS = (
+    "--dataset mnist --device cpu --amp bfloat16 --train-images 10000 --batch-size 256 --epochs 40 "
+    "--warmup-epochs 2 --group scale --widths 8 16 24 --kernel-size 5 --grid 2 --temperature 0.5 "
+    "--trust-coefficient 0.3")
 CHOSEN = "--temperature 0.5 --trust-coefficient 0.03 --base-space 5 --grid 2"
 CIFAR10 = ("--dataset cifar10 --device cpu --amp bfloat16 --group translation --widths 8 32 64 128 "
            "--kernel-size 3 --batch-size 256 --warmup-epochs 0.5 --temperature 0.5 "
@@ -131,6 +140,7 @@ TABLES = {
         "circular padding": f"{REPLICA} --padding circular",
         "chosen": f"{REPLICA} {CHOSEN} --kernel-size 3",
     },
+    "other-groups": table1({"rotation": ROTATION_ON_GLYPHS, "scale": SCALE_ON_DIGITS}),
     "cifar10": {
         "h-ssl": f"{CIFAR10} --method h-ssl --epochs 4",
         "simclr": f"{SIMCLR} {CIFAR10} --epochs 2",
