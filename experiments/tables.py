@@ -57,13 +57,13 @@ DIGITS = ("--dataset mnist --device cpu --amp bfloat16 --batch-size 256 --warmup
 REPLICA = ("--dataset mnist --device cpu --amp bfloat16 --train-images 10000 --validate 5000 "
            "--batch-size 512 --epochs 80 --warmup-epochs 4 --widths 16 32 48 --method h-ssl")
 ROTATION_ON_GLYPHS = (
-    "--dataset glyphs --device cpu --amp bfloat16 --batch-size 512 --epochs 20 --warmup-epochs 1 "
-    "--group rotation --widths 8 16 24 --kernel-size 5 --base-space 2 --grid 2 --temperature 0.5 "
+    "--dataset glyphs --device cpu --amp bfloat16 --batch-size 256 --epochs 20 --warmup-epochs 1 "
+    "--group rotation --widths 8 16 24 --kernel-size 5 --base-space 3 --grid 2 --temperature 0.5 "
     "--trust-coefficient 0.03")
 SCALE_ON_DIGITS = (
     "--dataset mnist --device cpu --amp bfloat16 --train-images 10000 --batch-size 256 --epochs 40 "
-    "--warmup-epochs 2 --group scale --widths 8 16 24 --kernel-size 5 --grid 2 --temperature 0.5 "
-    "--trust-coefficient 0.3")
+    "--warmup-epochs 2 --group scale --widths 8 16 24 --kernel-size 5 --base-space 2 --grid 2 "
+    "--temperature 0.5 --trust-coefficient 0.3")
 CHOSEN = "--temperature 0.5 --trust-coefficient 0.03 --base-space 5 --grid 2"
 CIFAR10 = ("--dataset cifar10 --device cpu --amp bfloat16 --group translation --widths 8 32 64 128 "
            "--kernel-size 3 --batch-size 256 --warmup-epochs 0.5 --temperature 0.5 "
