@@ -39,7 +39,6 @@ MEASURES = {
 COMPARISONS = [
     ("h-ssl, 16 epochs", "a-ssl, 8 epochs"),
     ("h-ssl, 16 epochs", "simclr, 8 epochs"),
-    ("h-ssl on two augmented copies, 8 epochs", "simclr, 8 epochs"),
 ]
 
 
