@@ -26,7 +26,7 @@ MOMENTS = {"mnist": (0.0, 0.3081), "cifar10": (0.4734, 0.2516)}    # mean and st
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 DOWNLOAD_TIMEOUT = 60    # seconds for which a server may be silent
-CACHE_FORMAT = 2    # to be raised whenever the same files would give other pixels
+CACHE_FORMAT = 2    # raise it whenever the same files would give other pixels
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def load(name, folder="datasets", cache_dir="datasets", device="cpu", train_imag
     rest = total - held_out
     keep = rest if train_images is None else train_images
     if held_out < 0 or not 1 <= keep <= rest:
-        raise ValueError(f"{name} has {total} training images, so {keep} cannot be taken "
-                         f"and {held_out} held out")
+        raise ValueError(f"{name} has {total} training images: {held_out} cannot be held out and "
+                         f"{keep}, at least 1, of the rest taken")
     if held_out:
         shuffled = np.random.default_rng(0).permutation(total)
         data = data.subset(np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out]))
@@ -248,8 +248,8 @@ def image_folder(folder, cache_dir, side, class_of_file):
 def _decode_once(files, side, cache):
     """The pixels of the files, (N, C, side, side) uint8, which are kept as CACHE-HASH.pt.
 
-    The hash is over all that they depend on, so that changed images are decoded anew; old caches
-    are to be deleted by hand.
+    The hash is over all that they depend on, so that changed images are decoded anew. Old caches
+    are never deleted.
     """
     origin = [CACHE_FORMAT, side]
     for path in files:
@@ -298,8 +298,8 @@ def _decode(path, side):
 def glyphs(train=10_000, test=2_000, seed=0):
     """Draw the built-in data set: characters in any orientation, 1x28x28, 10 classes.
 
-    Each image shows one of GLYPHS in Pillow's own font, at random turned (0 to 360 degrees), sized
-    (0.65 to 1 times 24-pixel type), shifted (up to 2 pixels each way), of one of four stroke
+    Each image shows one of GLYPHS in Pillow's own font, turned (0 to 360 degrees), scaled (0.65 to
+    1 times 24-pixel type) and shifted (up to 2 pixels each way) at random, in one of four stroke
     weights, with Gaussian noise (σ = 0.1). The same for the same seed.
     """
     font = ImageFont.load_default(size=96)    # all is drawn four times as large

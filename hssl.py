@@ -137,20 +137,33 @@ class ProjectionHead(nn.Module):
 # --------------------------------------------------------------------------------------- the groups
 
 class Group:
-    """What the groups share: G0 is base_size places, from self.first on, of an axis of self.size
-    places, which are the positions of a side, the orientations or the scales.
+    """What the groups share: an axis of `size` places, which are the positions of a side, the
+    orientations or the scales, and may be a circle. G0 is base_size of them, from `first` on.
 
     Raises a ValueError unless base_size is 1 to size.
     """
 
-    def __init__(self, size, base_size):
+    def __init__(self, size, base_size, circular=False):
         if not 1 <= base_size <= size:
             raise ValueError(f"base_size is {base_size}, but must be 1 to {size}")
         self.size = size
         self.base_size = base_size
         self.first = (size - base_size) // 2    # G0 lies in the middle
-        # The base space of Γ_g z is that of z from first - g on, which ends on the axis for these g.
-        self.limits = (self.first + base_size - size, self.first)
+        self.circular = circular
+        if circular:    # any integer names an element of a circle
+            self.limits = (None, None)
+            self.elements = torch.arange(size)    # (M,)
+        else:
+            # Over G0, Γ_g z holds z from first - g on. For these g all of that exists.
+            self.limits = (self.first + base_size - size, self.first)
+            self.elements = torch.arange(self.limits[0], self.limits[1] + 1)    # (M,)
+
+    def distance(self, g1, g2):
+        apart = (g1 - g2).abs()
+        if self.circular:
+            apart = apart % self.size
+            apart = torch.minimum(apart, self.size - apart)
+        return apart
 
     def Γ(self, g, z):
         return self.read(g, z, 0, self.size)
@@ -169,27 +182,22 @@ class Translation(Group):
         side: H = W of the feature map.
         base_size: side of the window in positions, 1 to H; |G0| = base_size².
         stride: the encoder's, in pixels per position. A wrong one moves images too far or not far
-            enough, which only `equivariance_error` shows.
+            enough, which, unless circular, only `equivariance_error` shows.
         circular: what leaves the map on one side enters on the other, as with circular padding;
             else zeros enter.
     """
 
     def __init__(self, side, base_size, stride, circular=False):
-        super().__init__(side, base_size)
+        super().__init__(side, base_size, circular)
         if stride < 1:
             raise ValueError(f"stride is {stride} pixels per position, but must be at least 1")
         self.stride = stride
-        self.circular = circular
-        steps = torch.arange(self.limits[0], self.limits[1] + 1)
-        self.image_axes = ("H", "W")
-        if circular:
-            steps = torch.arange(side)
-            self.limits = (None, None)    # shifts by the map's side and more come round again
-            self.image_axes = (side * stride, side * stride)
-        self.elements = torch.cartesian_prod(steps, steps)    # (M, 2)
+        self.elements = torch.cartesian_prod(self.elements, self.elements)    # (M, 2)
 
     def T(self, g, x):
-        check_shape("images", x, "B", "C", *self.image_axes)
+        side = self.size * self.stride
+        axes = (side, side) if self.circular else ("H", "W")
+        check_shape("images", x, "B", "C", *axes)
         check_elements(g, (len(x), 2), *self.limits)
         return crop(x, -g * self.stride, x.shape[-2:], self.circular)
 
@@ -199,11 +207,7 @@ class Translation(Group):
         return z[:, :, :, window, window]
 
     def distance(self, g1, g2):
-        apart = (g1 - g2).abs()
-        if self.circular:
-            apart = apart % self.size
-            apart = torch.minimum(apart, self.size - apart)
-        return apart.amax(-1)
+        return super().distance(g1, g2).amax(-1)
 
     def read(self, g, z, first, count):
         """The rows and columns of Γ_g z from first on, count of each: (Γ_g z)(u) = z(u - g)."""
@@ -222,9 +226,8 @@ class Rotation(Group):
     """
 
     def __init__(self, orientations, base_size=1):
-        super().__init__(orientations, base_size)
-        self.first = 0
-        self.elements = torch.arange(orientations)    # (M,)
+        super().__init__(orientations, base_size, circular=True)
+        self.first = 0    # a circle has no middle
 
     def T(self, g, x):
         check_shape("images", x, "B", "C", "H", "H")
@@ -234,10 +237,6 @@ class Rotation(Group):
     def base(self, z):    # (B, C, base_size, H, H)
         check_shape("features", z, "B", "C", self.size, "H", "H")
         return z[:, :, :self.base_size]
-
-    def distance(self, g1, g2):
-        apart = (g1 - g2) % self.size
-        return torch.minimum(apart, self.size - apart)
 
     def read(self, g, z, first, count):
         """The orientations of Γ_g z from first on, count of them: (Γ_g z)(k, u) = z(k - g, u
@@ -267,7 +266,6 @@ class Scale(Group):
             raise ValueError(f"step, the ratio of neighbouring scales, is {step}, but must be "
                              "finite and above 1")
         self.step = step
-        self.elements = torch.arange(self.limits[0], self.limits[1] + 1)    # (M,)
 
     def T(self, g, x):
         check_shape("images", x, "B", "C", "H", "W")
@@ -277,9 +275,6 @@ class Scale(Group):
     def base(self, z):    # (B, C, base_size, H, W)
         check_shape("features", z, "B", "C", self.size, "H", "W")
         return z[:, :, self.first:self.first + self.base_size]
-
-    def distance(self, g1, g2):
-        return (g1 - g2).abs()
 
     def read(self, g, z, first, count):
         """The scales of Γ_g z from first on, count of them: (Γ_g z)(s, u) = z(s - g, u / step**g),

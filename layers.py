@@ -25,8 +25,8 @@ from torch import nn
 def hermite_orders(group, effective_size):
     """The orders (n, m) of the basis functions He_n(x) He_m(y).
 
-    n, m < effective_size is SESN's basis "A". For rotation n + m < effective_size, which is closed
-    under turns, as the square of orders is not.
+    n, m < effective_size is SESN's basis "A". It is not closed under turns; n + m < effective_size,
+    for rotation, is.
     """
     orders = []
     for n in range(effective_size):
@@ -69,11 +69,11 @@ def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=0
     if effective_size is None:
         effective_size = 5 if group == "rotation" else 3
     if kernel_size < 1 or kernel_size % 2 == 0 or effective_size < 1:
-        raise ValueError(f"kernel_size is {kernel_size}, but must be odd, and effective_size "
-                         f"{effective_size}, but must be at least 1")
+        raise ValueError("need an odd kernel_size and effective_size >= 1, but got "
+                         f"{kernel_size} and {effective_size}")
     if not (0 < sigma < math.inf and 1 < scale_step < 100):
-        raise ValueError(f"sigma is {sigma}, but must be finite and above 0, and scale_step "
-                         f"{scale_step}, but must be above 1 and below 100")
+        raise ValueError("need 1 < scale_step < 100 and a finite sigma > 0, but got "
+                         f"{scale_step} and {sigma}")
 
     t = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
     y, x = torch.meshgrid(t, t, indexing="ij")    # rows point down
@@ -203,7 +203,7 @@ class GroupConv2d(SteerableConv2d):
         above 1."""
         if self.extent == 1:
             return super().filters()
-        weight = F.pad(self.weight, (0, 0, 0, self.places - self.extent))
+        weight = F.pad(self.weight, (0, 0, 0, self.places - self.extent))    # (C', C, places, K)
         # Output g has the first output's weights, g places further on.
         weights = [weight.roll(g, 2)[:, :, :self.group_size] for g in range(self.group_size)]
         filters = torch.einsum("gochk,kgij->gohcij", torch.stack(weights), self.basis)
@@ -256,8 +256,8 @@ class Backbone(nn.Module):
         if x.ndim != 4 or x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"images must be (B, C, H, W), H and W divisible by {self.stride}, "
                              f"but these are {tuple(x.shape)}")
-        # Each layer's output has the order in memory of its input. (For one channel
-        # .contiguous(memory_format=torch.channels_last) would do nothing.)
+        # Each layer's output has the order in memory of its input. (With one channel, an image is
+        # contiguous in both orders: .contiguous(memory_format=torch.channels_last) does nothing.)
         if self.channels_last:
             x = x.movedim(1, 3).clone(memory_format=torch.contiguous_format).movedim(3, 1)
         else:
@@ -394,13 +394,13 @@ class Untied(nn.Module):
         return maps.unflatten(1, (-1, self.group_size))
 
 
-class DenseBackbone(nn.Module):
+class DenseBackbone(Backbone):
     """`MNISTBackbone`'s activations for translation, but no weight shared between positions.
 
     (B, in_channels, side, side) -> (B, widths[2], 1, side/4, side/4), side divisible by 4: three
     stages of linear layer, ReLU, batch norm, each with as many outputs as the convolutional stage.
     """
-    stride = 4
+    channels_last = False
 
     def __init__(self, side, widths=(32, 63, 95), in_channels=1):
         super().__init__()
@@ -413,6 +413,3 @@ class DenseBackbone(nn.Module):
             self.layers.append(nn.BatchNorm1d(next_units))
             units = next_units
         self.layers.append(nn.Unflatten(1, (widths[2], 1, side // 4, side // 4)))
-
-    def forward(self, x):
-        return self.layers(x)

@@ -20,7 +20,7 @@ def nt_xent(h1, h2, temperature=0.1):
 
     Args:
         h1, h2: (N, D), projections of the two views, row i of both from image i; the same N on
-            every process. Computed in float32 at least, whatever autocast says.
+            every process. Computed in float32 at least, even under autocast.
         temperature: τ > 0.
 
     Returns the mean over this process's 2N projections, in nats. Raises a ValueError for other

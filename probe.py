@@ -71,6 +71,8 @@ def make_encoder(settings):
     if s.kernel_size > side or side % network.stride:
         raise ValueError(f"images are {side} pixels wide, but the encoder needs a multiple of "
                          f"{network.stride} that is not below the kernel's {s.kernel_size}")
+    if s.structure == "none" and s.extent is not None:
+        raise ValueError("--extent is for --structure group: without it no filter has one")
     if s.group == "translation" and s.group_size != 1:
         raise ValueError(f"--group-size is {s.group_size}, but must be 1 for translation")
     options = (channels, s.kernel_size, s.scale_step)
@@ -193,15 +195,16 @@ def extract(encoder, data, images, grid, amp="off"):
 
 
 def hold_out(count):
-    """The indices 0 to count - 1, shuffled alike in every run: a twentieth, at most 2,000, to hold
-    out, and the rest."""
+    """The indices 0 to count - 1, shuffled the same way in every run, in two parts: a twentieth, at
+    most 2,000, to hold out, and the rest."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return order.tensor_split([min(2000, math.ceil(count / 20))])
 
 
 def split_training(data):
-    """A Dataset to look at during a training, of training images only, the same for every seed: a
-    fifth of them, at most 10,000, to train on, and a twentieth, at most 2,000, to test."""
+    """What --eval-every measures on, training images only, the same for every seed: a twentieth of
+    them, at most 2,000, to test the classifier, and a fifth, at most 10,000, to train it. (The
+    encoder is trained on all of them.)"""
     test, rest = hold_out(len(data.train_images))
     fifth = math.ceil(len(data.train_images) / 5)
     return data.subset(rest[:min(10_000, fifth)], test)
@@ -210,7 +213,7 @@ def split_training(data):
 # ----------------------------------------------------------------------------------------- measures
 
 def effective_rank(x):
-    """How many dimensions features (N, D) really use, 1 to D: the exponential of the entropy of
+    """The number of dimensions that features (N, D) use, 1 to D: the exponential of the entropy of
     their singular values after centring (Roy and Vetterli, 2007)."""
     x = (x - x.mean(0)).cpu().double()    # not every device has float64
     if len(x) < x.shape[1]:
@@ -244,8 +247,8 @@ def neighbours(x, labels, queries, answers, classes):
 def standardise(x, x_test):
     """x (N, D) with mean 0 and deviation 1 in every dimension; x_test moved and scaled alike.
 
-    A dimension becomes 0 if it varies by no more than rounding does, beside its own size, or beside
-    the dimension that varies most.
+    A dimension becomes 0 if its deviation is rounding error, compared with its mean or with the
+    largest deviation.
     """
     mean = x.mean(0)
     deviation = x.std(0, correction=0)

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from datetime import timedelta
@@ -107,14 +108,15 @@ def add_flags(add):
     add("--batch-size", type=Number(2), default=4096, help="images per step, over all processes")
     add("--lr", type=Number(0.0), default=0.1, help="peak learning rate of LARS")
     add("--warmup-epochs", type=Number(0.0), default=10.0,
-        help="linear, by step; one longer than the training does not reach --lr")
+        help="linear, by step; if longer than the training, --lr is never reached")
     add("--momentum", type=Number(0.0), default=0.9, help="of LARS")
     add("--weight-decay", type=Number(0.0), default=1e-4, help="of weights, not of vectors")
     add("--trust-coefficient", type=Number(0.0), default=0.001, help="of LARS")
     add("--seed", type=Number(0), default=0, help="of weights, order of images and views")
     # The measures, the run's folder, the machine.
     add("--probe-grid", type=Number(0), default=2, help="--grid for the detached classifier")
-    add("--eval-every", type=Number(1), help="epochs between looks at accuracy; None: never")
+    add("--eval-every", type=Number(1),
+        help="epochs between measures on training images; None: never")
     add("--save-every", type=Number(1), default=10, help="epochs between checkpoints")
     add("--log-every", type=Number(1), default=10, help="steps between lines of log.jsonl")
     add("--data-dir", default="datasets", help="where data sets are, or are downloaded to")
@@ -239,8 +241,8 @@ def schedule(step, warmup, total):
 def start_processes(args):
     """Join torchrun's processes, if it started this one. Only the first of them prints.
 
-    Returns this process's device, and a group of all processes (None under python) that waits for
-    a day, for what the first process does alone.
+    Returns this process's device, and a group of all processes (None under python) whose timeout is
+    a day, since the others wait while the first works alone.
     """
     if "RANK" not in os.environ:    # WORLD_SIZE alone may have been left by something else
         return choose_device(args.device, 0), None
@@ -320,8 +322,9 @@ def find_checkpoint(args):
     checkpoint = None
     if "checkpoint.pt" in found:
         checkpoint = probe.read_checkpoint(out / "checkpoint.pt")
-        if not {"objective", "settings"} <= checkpoint.keys():
-            raise ValueError(f"{out} holds an encoder, but no training: take another --out")
+        if not {"objective", "settings", "starts"} <= checkpoint.keys():
+            raise ValueError(f"{out} holds an encoder, but no training that this version can "
+                             "continue: take another --out")
     if found & {"checkpoint.pt", "config.json", "log.jsonl"} and not args.resume:
         raise ValueError(f"{out} holds a run: continue it with --resume, or take another --out")
     if checkpoint is None:
@@ -340,8 +343,9 @@ def open_log(out, step):
     lines = []
     if path.exists():
         for line in path.read_text().splitlines(True):
+            found = re.search(r'"step": (\d+),.*}\n', line)
             # A line that was cut off comes after every checkpoint.
-            if line.endswith("}\n") and json.loads(line).get("step", math.inf) <= step:
+            if found and int(found[1]) <= step:
                 lines.append(line)
     probe.write_whole(path, "".join(lines).encode())
     return path.open("a", buffering=1)
@@ -387,8 +391,8 @@ def save(args, states, progress):
 
 
 def resume(args, states, patient):
-    """Go on from the checkpoint, if there is one, and write config.json: the settings, and where,
-    by what torch and in how many processes the training started. Returns the progress."""
+    """Go on from the checkpoint, if there is one, and write config.json: the settings, and for
+    every start its step, torch's version and the number of processes. Returns the progress."""
     found = [None]
     rank, world = rank_and_world()
     if rank == 0:
@@ -462,7 +466,8 @@ def fit(args, data, model, pairs, plain_encoder, states, progress, patient):
                     raise Diverged(f"the loss is {line['loss']} at step {step}")
                 # The scale begins at 2**16, and every overflow halves it.
                 if scaler.is_enabled() and scaler.get_scale() <= 2.0 ** max(16 - total, -60):
-                    raise Diverged(f"float16 still overflows after {step} steps")
+                    raise Diverged(f"float16 still overflows after {step} steps, which --amp "
+                                   "bfloat16 would not")
                 if rank == 0:
                     if last and args.eval_every and (epoch + 1) % args.eval_every == 0:
                         part = probe.split_training(data)
@@ -528,7 +533,7 @@ def main(args):
     try:
         probe.run(train, args)
     except Diverged as error:
-        probe.end(f"{error}, what was saved before stays: try a lower --lr, or --amp bfloat16", 1)
+        probe.end(f"{error}: try a lower --lr (what was saved before stays)", 1)
 
 
 if __name__ == "__main__":

@@ -112,13 +112,13 @@ def fresh_networks():
     return columns
 
 
-def networks_of_run(folder):
+def networks_of_run(folder, data_dir):
     """A run's encoder as it began and as it ended, on its test images: {column: {layer: error}}."""
     import probe
     import train
 
     trained, settings = probe.load_encoder(folder)
-    data = probe.load_data(settings, "cpu")
+    data = probe.load_data(settings, "cpu", data_dir)
     x = data.batch(data.test_images, torch.arange(50))
     torch.manual_seed(settings["seed"])
     fresh = probe.make_encoder(settings)
@@ -151,12 +151,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", nargs="?", metavar="RUN or MODULE:FUNCTION",
                         help="(fresh networks)")
+    parser.add_argument("--data-dir", help="where a run's data set is (as in the run)")
     parser.add_argument("--results", metavar="FOLDER",
                         help="folder of the JSON file to write, for fresh networks (none)")
     args = parser.parse_args(argv)
     if args.name is not None:
         if os.path.isdir(args.name):
-            print_table(networks_of_run(args.name))
+            print_table(networks_of_run(args.name, args.data_dir))
         else:
             print_table({args.name: own_network(args.name)})
         return

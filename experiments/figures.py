@@ -131,7 +131,8 @@ def sweeps(_):
     """Accuracy over base space and over distance, H-SSL's beside A-SSL's."""
     _, panels = plt.subplots(1, 2, num="sweeps", sharey=True)
     points = [1, 2, 3, 5]
-    for axes, name in zip(panels, ["base-space", "distance"]):
+    labels = {"base-space": "side of the window", "distance": "largest distance of two views"}
+    for axes, name in zip(panels, labels):
         runs = report.read_runs(name)
         for method, colour in ("h-ssl", BLUE), ("a-ssl", RED):
             means = []
@@ -144,7 +145,8 @@ def sweeps(_):
         frozen = report.values(runs, "h-ssl 1", "top1", frozen=True)
         mean = statistics.mean(frozen.values())
         axes.axhline(mean, color="grey", label="frozen encoder")
-        axes.set(xlabel=name, ylabel="top-1 on test images, %", xticks=points)
+        axes.set(xlabel=f"{labels[name]}, positions", xticks=points)
+        axes.set(ylabel="linear classifier, top-1 on test images, %")
     axes.legend()
 
 

@@ -36,6 +36,7 @@ FLAGS = {
     "--widths 2 3": "3 or 4",
     "--structure none --widths 2 3 4 5": "three --widths",
     "--structure none --group translation --group-size 2": "--group-size",
+    "--structure none --group rotation --extent 1": "--extent",
     "--kernel-size 4": "odd",
     "--kernel-size 29": "28 pixels",
     "--padding circular --kernel-size 17": "smaller kernel",

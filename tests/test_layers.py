@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import probe
-from layers import (GroupConv2d, LiftingConv2d, MNISTBackbone, ResidualBackbone,
-                    steerable_basis)
+from layers import (DenseBackbone, GroupConv2d, LiftingConv2d, MNISTBackbone,
+                    ResidualBackbone, steerable_basis)
 
 pytestmark = pytest.mark.usefixtures("float64")
 WIDTHS = {MNISTBackbone: (3, 4, 5), ResidualBackbone: (2, 3, 4, 5)}
@@ -205,11 +205,12 @@ BASIS = steerable_basis("rotation", 4, 5)
     (steerable_basis, ("rotation", 0, 5), "at least 1"),
     (steerable_basis, ("rotation", 4, 4), "odd"),
     (steerable_basis, ("rotation", 4, 7, None, 1e-300), "vanishes"),
-    (steerable_basis, ("scale", 3, 7, None, 0.9, math.inf), "scale_step inf"),
+    (steerable_basis, ("scale", 3, 7, None, 0.9, math.inf), "got inf"),
     (GroupConv2d, (1, 1, BASIS, 5), "1 to 4"),
     (LiftingConv2d, (1, 1, BASIS, "mirror"), "zeros or circular"),
     (MNISTBackbone, ("rotation", 4, (0, 2, 3)), "needs channels"),
     (MNISTBackbone(), (torch.zeros(1, 1, 30, 28),), "divisible by 4"),
+    (DenseBackbone(28), (torch.zeros(1, 28, 28),), "images must be"),
     (MNISTBackbone(padding_mode="circular"), (torch.zeros(1, 1, 8, 8),), "smaller kernel"),
     (LiftingConv2d(3, 4, BASIS), (torch.zeros(3, 28, 28),), "images must be"),
     (GroupConv2d(6, 1, BASIS), (torch.zeros(2, 4, 6, 8, 8),), "features must be"),

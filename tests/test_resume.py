@@ -74,10 +74,10 @@ def test_killed_and_resumed(moment, saved, flags, undisturbed, tmp_path):
     if saved is not None:
         assert torch.load(run / "checkpoint.pt")["step"] == saved
     if moment == "schedule 6":
-        # The fourth line is of a step that is taken again, and the fifth is cut off.
+        # The fourth line is of a step that is taken again, and what follows is damaged.
         lines = (run / "log.jsonl").read_text()
         assert lines.count("\n") == 5
-        (run / "log.jsonl").write_text(lines[:-20])
+        (run / "log.jsonl").write_text(f"{lines[:-20]}\n\0}}\n")
 
     resumed = train_here(run, *flags, "--resume", amp=amp)
     expected_run = undisturbed(*flags, amp=amp)
