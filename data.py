@@ -233,8 +233,8 @@ def image_folder(folder, cache_dir, side, class_of_file):
         print("every tenth of them is a test image: there is no train/ with val/", flush=True)
         is_test[::10] = True
     if is_test.all():
-        raise ValueError(f"there are {len(files)} images in {folder}, too few: expected train/CLASS "
-                         "and val/CLASS, or CLASS alone, with images in them, or images alone")
+        raise ValueError(f"there are {len(files)} images in {folder}, too few: expected "
+                         "train/CLASS and val/CLASS, or CLASS alone, or images alone")
 
     images = _decode_once(files, side, cache_dir / folder.name)
     train_images = images[~is_test]

@@ -12,8 +12,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from helpers import draw_few_glyphs    # noqa: E402
 from test_equivariance import float64    # noqa: E402, F401
 
-# One thread here and in what is started: threads of several processes on few cores would wait for
-# each other.
+# One thread here and in what is started: those of several processes would wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -26,9 +26,7 @@ NUMBERS = """
 # Flags, and what the message must say.
 FLAGS = {
     "--epoch 3": "unrecognized",
-    "--dataset imagenet": "invalid choice",
     "--epochs 1.5": "not an integer",
-    "--head-widths 16": "expected 2",
     "--amp float16": "bfloat16",
     # What only shows once data or encoder are there.
     "--image-size 32": "folder",

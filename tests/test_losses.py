@@ -1,5 +1,4 @@
-"""NT-Xent against its formula written as a loop, in float64; with several processes, see
-test_distributed.py."""
+"""NT-Xent against its formula as a loop, in float64; of several processes: test_distributed.py."""
 import math
 
 import pytest

@@ -176,7 +176,7 @@ def test_statistics_are_exact_and_modes_and_momenta_are_kept():
                             nn.Unflatten(1, (3, 1)))
     convolution, norm, dropout, _ = encoder
     norm.eval()
-    data = corners(1001)    # whose batches are of 501 and 500 images
+    data = corners(1001)    # of which a batch of one image could be left over
     before = copy.deepcopy(encoder.state_dict())
     probe.evaluate(encoder, data)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())

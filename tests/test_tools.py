@@ -1,7 +1,6 @@
 """The programs in experiments/ that need no finished runs: each does what it says."""
 import json
 import math
-import shutil
 import subprocess
 import sys
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import benchmark
 import crops
 import data
 import equivariance
@@ -62,8 +60,6 @@ def test_a_crop_is_the_window_of_the_shifted_image(circular):
         rows = [(4 * (2 - g[0]) + i) % 28 for i in range(12)]
         columns = [(4 * (2 - g[1]) + i) % 28 for i in range(12)]
         assert torch.equal(crop, image[:, rows][:, :, columns])
-    whole = Translation(7, 3, 4, circular).T(group.elements, x)
-    assert torch.equal(cut, whole[:, :, 8:20, 8:20])
 
 
 def test_crops_train_and_are_told_apart(few_glyphs, tmp_path, monkeypatch):
@@ -107,29 +103,3 @@ def make():
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
     errors = [float(line.split()[-2]) for line in printed.splitlines()[2:]]
     assert len(errors) == 8 and min(errors) > 0.1
-
-
-def test_the_benchmark_compares_a_copy_of_the_code_with_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "check_out", copy_code)
-    flags = ["--device", "cpu", "--batch-size", "2", "--repeats", "1", "--against", "a-copy",
-             "--results", str(tmp_path)]
-    benchmark.main([*flags, "--rows", "memory", "error"])
-    memory, by_translation, by_scale = json.loads(
-        (tmp_path / "benchmark-cpu.json").read_text())["records"]
-    assert 1e6 < memory["memory"] == pytest.approx(memory["reference_memory"], rel=0.01)
-    for record in (by_translation, by_scale):
-        assert 0 < record["error"] == record["reference_error"] < 0.1
-
-
-def copy_code(revision, folder):
-    for name in ("layers.py", "hssl.py", "losses.py"):
-        shutil.copy(ROOT / name, folder)
-
-
-def test_a_line_of_the_benchmark():
-    times = dict(title="a / b", seconds=[4.0, 9.0, 3.0], reference_seconds=[2.0, 1.0, 5.0])
-    memory = dict(memory=3e6, reference_memory=2e6)
-    line = "| a / b | 2.00 | 3.00 | 2,000.0 | 1.50 | 2e+06 |"
-    assert benchmark.table_line(times | memory) == line
-    error = dict(title="a / b", error=0.003, reference_error=0.002)
-    assert benchmark.table_line(error) == "| a / b |  |  |  | 1.50 | 0.002 |"
