@@ -93,9 +93,9 @@ def test_examples_run_as_pasted_and_print_what_they_say(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("title, name, group, seeds, supervised_seeds", (
-    ("translation, 20 epochs", "digits", "", range(3), range(3)),
-    ("rotation, 8 epochs", "mnist", "rotation ", range(10), range(3)),
-    ("scale, 8 epochs", "mnist", "scale ", range(10), range(3)),
+    ("translation, 20 epochs", "digits", "", range(4), range(3)),
+    ("rotation, glyphs, 20 epochs", "other-groups", "rotation ", range(5), range(3)),
+    ("scale, 40 epochs", "other-groups", "scale ", range(5), range(3)),
     ("translation, the paper's 500 epochs", "paper-mnist", "translation ", range(2), range(1)),
 ))
 def test_the_table_has_the_means_of_the_committed_runs(title, name, group, seeds, supervised_seeds):
