@@ -8,10 +8,8 @@ follow, and two networks with the structure removed.
 Letters: B batch, C channels, G length of the group axis, H W space, K basis functions, E extent of
 a filter along G, k kernel side.
 
-Features are (B, C, G, H, W). Where no filter spans the group axis (E = 1) they lie in memory as
-(B, H, W, G, C). So convolutions and pooling, which need maps (B, G·C, H, W), and batch norm, which
-needs (B, C, H, W·G), copy nothing: both are views whose channels come last. Filters that span it
-are one dense convolution, which is faster in PyTorch's default order; there batch norm copies.
+Features are (B, C, G, H, W). For translation, G = 1, channels come last in memory, which is fastest.
+With a longer axis PyTorch's default order is, and batch norm, which needs (B, C, H, W·G), copies.
 """
 import math
 
@@ -127,14 +125,13 @@ class SteerableConv2d(nn.Module):
         super().__init__()
         if in_channels < 1 or out_channels < 1:
             raise ValueError(f"a layer needs channels, but has {in_channels} and {out_channels}")
-        functions, group_size, kernel_size, _ = basis.shape
+        functions, group_size, _, _ = basis.shape
         if not 1 <= extent <= group_size:
             raise ValueError(f"extent is {extent}, but must be 1 to {group_size}, the group axis")
         if padding_mode not in ("zeros", "circular"):
             raise ValueError(f"padding_mode is {padding_mode!r}, but must be zeros or circular")
         self.extent = extent
         self.group_size = group_size
-        self.padding = kernel_size // 2
         self.padding_mode = padding_mode
         self.register_buffer("basis", basis.to(torch.get_default_dtype()))
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, extent, functions))
@@ -148,20 +145,20 @@ class SteerableConv2d(nn.Module):
         filters = torch.tensordot(self.weight.squeeze(2), self.basis, dims=1)    # (C', C, G, k, k)
         return filters.permute(2, 0, 1, 3, 4).flatten(0, 1)
 
-    def convolve(self, x, filters, groups=1):
-        """(B, G·C or C, H, W) -> (B, C', G, H, W): one conv2d for the whole group axis."""
+    def convolve(self, x, filters):
+        """Maps (B, channels, H, W) by the filters of one or more group elements, (elements · C',
+        channels, k, k) -> (B, elements · C', H, W)."""
         bias = None
         if self.bias is not None:
-            bias = self.bias.repeat(self.group_size)
-        padding = self.padding
+            bias = self.bias.repeat(len(filters) // len(self.bias))
+        padding = filters.shape[-1] // 2
         if self.padding_mode == "circular":
             if padding > min(x.shape[-2:]):
                 raise ValueError(f"circular padding by {padding} needs maps at least as wide, but "
                                  f"these are {x.shape[-2]}x{x.shape[-1]}: take a smaller kernel")
             x = F.pad(x, [padding] * 4, mode="circular")
             padding = 0
-        y = F.conv2d(x, filters, bias, padding=padding, groups=groups)
-        return y.unflatten(1, (self.group_size, -1)).transpose(1, 2)    # (B, C', G, H, W)
+        return F.conv2d(x, filters, bias, padding=padding)
 
 
 class LiftingConv2d(SteerableConv2d):
@@ -177,7 +174,17 @@ class LiftingConv2d(SteerableConv2d):
     def forward(self, x):
         if x.ndim != 4:
             raise ValueError(f"images must be (B, C, H, W), but these are {tuple(x.shape)}")
-        return self.convolve(x, self.filters())
+        maps = self.convolve(x, self.filters())
+        return maps.unflatten(1, (self.group_size, -1)).transpose(1, 2)
+
+
+def find_windows(layer, keys=None):
+    """Note how wide a layer's filters are at each group element, without the zeros around them: at
+    the smallest of three scales they are 3x3 of 7x7."""
+    layer.windows = []
+    for functions in layer.basis.unbind(1):    # (K, k, k)
+        columns = functions.any(0).any(0).nonzero()
+        layer.windows.append(functions.shape[-1] - 2 * columns.min().item())
 
 
 class GroupConv2d(SteerableConv2d):
@@ -185,9 +192,9 @@ class GroupConv2d(SteerableConv2d):
 
     Output g reads the inputs g, g + 1, ..., g + E - 1 through filters turned (or widened) by g.
     After the last input comes the first again if cyclic (rotation), else zero (scale). extent None
-    is all inputs if cyclic, else one, as in most of SESN's networks. With E = 1 this is one grouped
-    convolution, else one dense convolution in which inputs out of reach have zero weights. Other
-    arguments: see `SteerableConv2d`.
+    is all inputs if cyclic, else one, as in most of SESN's networks. With E = 1 this is a
+    convolution for each input, else one dense convolution in which inputs out of reach have zero
+    weights. Other arguments: see `SteerableConv2d`.
     """
 
     def __init__(self, in_channels, out_channels, basis, extent=None, cyclic=False,
@@ -197,6 +204,8 @@ class GroupConv2d(SteerableConv2d):
         super().__init__(in_channels, out_channels, basis, extent, padding_mode, bias)
         # A cyclic axis is a circle of G places; one that ends has as many empty ones behind it.
         self.places = self.group_size if cyclic else 2 * self.group_size
+        find_windows(self)
+        self.register_load_state_dict_post_hook(find_windows)    # the basis is loaded, too
 
     def filters(self):
         """Learned combinations of the basis: (G·C', C, k, k), or (G·C', G·C, k, k) for an extent
@@ -213,8 +222,24 @@ class GroupConv2d(SteerableConv2d):
         if x.ndim != 5 or x.shape[2] != self.group_size:
             raise ValueError(f"features must be (B, C, {self.group_size}, H, W), "
                              f"but these are {tuple(x.shape)}")
-        groups = self.group_size if self.extent == 1 else 1
-        return self.convolve(x.transpose(1, 2).flatten(1, 2), self.filters(), groups)
+        maps = x.transpose(1, 2).flatten(1, 2)    # (B, G·C, H, W)
+        filters = self.filters()
+        if self.extent == 1 and self.group_size > 1:
+            maps = self.convolve_each(maps, filters)    # (B, G·C', H, W)
+        else:
+            maps = self.convolve(maps, filters)
+        return maps.unflatten(1, (self.group_size, -1)).transpose(1, 2)
+
+    def convolve_each(self, maps, filters):
+        """Each input by its own filters, of which only the window is used: maps (B, G·C, H, W),
+        filters (G·C', C, k, k) -> (B, G·C', H, W)."""
+        inputs = maps.chunk(self.group_size, 1)
+        outputs = []
+        for g, kernel in enumerate(filters.chunk(self.group_size)):    # (C', C, k, k)
+            margin = (kernel.shape[-1] - self.windows[g]) // 2
+            kernel = F.pad(kernel, [-margin] * 4)
+            outputs.append(self.convolve(inputs[g], kernel))
+        return torch.cat(outputs, 1)
 
 
 class OnMaps(nn.Sequential):
@@ -300,7 +325,7 @@ class MNISTBackbone(Backbone):
             GroupConv2d(two, three, basis, extent, cyclic, padding_mode),  # (B, three, G, H/4, W/4)
             OnFibers(nn.ReLU(), nn.BatchNorm2d(three)),
         )
-        self.channels_last = self.layers[3].extent == 1
+        self.channels_last = group_size == 1
 
 
 class ResidualBlock(nn.Module):
@@ -366,7 +391,7 @@ class ResidualBackbone(Backbone):
             ResidualBlock(three, three, False, convolution),
             OnFibers(nn.BatchNorm2d(three), nn.ReLU()),
         )
-        self.channels_last = self.layers[1].first.extent == 1
+        self.channels_last = group_size == 1
         for module in self.modules():    # as SESN does
             if isinstance(module, (SteerableConv2d, nn.Conv2d)):
                 fan_out = module.weight[:, 0].numel()
