@@ -9,7 +9,7 @@ Letters: B batch, C channels, G length of the group axis, H W space, K basis fun
 a filter along G, k kernel side.
 
 Features are (B, C, G, H, W). For translation, G = 1, channels come last in memory, which is fastest.
-With a longer axis PyTorch's default order is, and batch norm, which needs (B, C, H, W·G), copies.
+With a longer axis maps have PyTorch's default order, and batch norm, for (B, C, H, W·G), copies.
 """
 import math
 
@@ -115,7 +115,7 @@ class SteerableConv2d(nn.Module):
     Args:
         in_channels, out_channels: C and C'.
         basis: (K, G, k, k), from `steerable_basis`. It is saved with the weights, which mean
-            nothing without it.
+            nothing without it, and is to change by load_state_dict alone.
         extent: E, how many neighbouring orientations or scales a filter spans, 1 to G.
         padding_mode: "zeros" or "circular"; the map keeps its size.
         bias: one number per channel, the same along G.
@@ -179,12 +179,15 @@ class LiftingConv2d(SteerableConv2d):
 
 
 def find_windows(layer, keys=None):
-    """Note how wide a layer's filters are at each group element, without the zeros around them: at
-    the smallest of three scales they are 3x3 of 7x7."""
+    """Note how wide a layer's filters are at each group element, without the zeros around them: by
+    default 3x3 of 7x7 at the smallest of three scales."""
+    side = layer.basis.shape[-1]
+    offset = (torch.arange(side, device=layer.basis.device) - side // 2).abs()
     layer.windows = []
     for functions in layer.basis.unbind(1):    # (K, k, k)
-        columns = functions.any(0).any(0).nonzero()
-        layer.windows.append(functions.shape[-1] - 2 * columns.min().item())
+        used = functions.any(0)    # (k, k)
+        reach = offset * (used.any(0) | used.any(1))
+        layer.windows.append(2 * reach.max().item() + 1)
 
 
 class GroupConv2d(SteerableConv2d):
@@ -281,7 +284,7 @@ class Backbone(nn.Module):
         if x.ndim != 4 or x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(f"images must be (B, C, H, W), H and W divisible by {self.stride}, "
                              f"but these are {tuple(x.shape)}")
-        # Each layer's output has the order in memory of its input. (With one channel, an image is
+        # For G = 1 each layer keeps the order in memory of its input. (An image of one channel is
         # contiguous in both orders: .contiguous(memory_format=torch.channels_last) does nothing.)
         if self.channels_last:
             x = x.movedim(1, 3).clone(memory_format=torch.contiguous_format).movedim(3, 1)
