@@ -8,8 +8,9 @@ follow, and two networks with the structure removed.
 Letters: B batch, C channels, G length of the group axis, H W space, K basis functions, E extent of
 a filter along G, k kernel side.
 
-Features are (B, C, G, H, W). For translation, G = 1, channels come last in memory, which is fastest.
-With a longer axis maps have PyTorch's default order, and batch norm, for (B, C, H, W·G), copies.
+Features are (B, C, G, H, W). For translation, G = 1, channels come last in memory, which is
+fastest. With a longer axis maps have PyTorch's default order, and batch norm, for (B, C, H, W·G),
+copies.
 """
 import math
 
