@@ -107,6 +107,16 @@ def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=0
 
 # ------------------------------------------------------------------------------- convolution layers
 
+def fold_group(x):
+    """(B, C, G, H, W) -> (B, G·C, H, W): the group axis as channels."""
+    return x.transpose(1, 2).flatten(1, 2)
+
+
+def unfold_group(maps, size):
+    """(B, G·C, H, W) -> (B, C, G, H, W) with G = size."""
+    return maps.unflatten(1, (size, -1)).transpose(1, 2)
+
+
 class SteerableConv2d(nn.Module):
     """What both layers below share: weights over the basis, padding, bias.
 
@@ -176,7 +186,7 @@ class LiftingConv2d(SteerableConv2d):
         if x.ndim != 4:
             raise ValueError(f"images must be (B, C, H, W), but these are {tuple(x.shape)}")
         maps = self.convolve(x, self.filters())
-        return maps.unflatten(1, (self.group_size, -1)).transpose(1, 2)
+        return unfold_group(maps, self.group_size)
 
 
 def find_windows(layer, keys=None):
@@ -226,13 +236,13 @@ class GroupConv2d(SteerableConv2d):
         if x.ndim != 5 or x.shape[2] != self.group_size:
             raise ValueError(f"features must be (B, C, {self.group_size}, H, W), "
                              f"but these are {tuple(x.shape)}")
-        maps = x.transpose(1, 2).flatten(1, 2)    # (B, G·C, H, W)
+        maps = fold_group(x)
         filters = self.filters()
         if self.extent == 1 and self.group_size > 1:
             maps = self.convolve_each(maps, filters)    # (B, G·C', H, W)
         else:
             maps = self.convolve(maps, filters)
-        return maps.unflatten(1, (self.group_size, -1)).transpose(1, 2)
+        return unfold_group(maps, self.group_size)
 
     def convolve_each(self, maps, filters):
         """Each input by its own filters, of which only the window is used: maps (B, G·C, H, W),
@@ -251,9 +261,9 @@ class OnMaps(nn.Sequential):
     W'). For pooling."""
 
     def forward(self, x):
-        maps = x.transpose(1, 2).flatten(1, 2)    # (B, G·C, H, W)
+        maps = fold_group(x)
         maps = super().forward(maps)    # (B, G·C, H', W')
-        return maps.unflatten(1, (x.shape[2], -1)).transpose(1, 2)
+        return unfold_group(maps, x.shape[2])
 
 
 class OnFibers(nn.Sequential):
