@@ -140,8 +140,8 @@ TABLES = {
     },
     "other-groups": table1({"rotation": ROTATION_ON_GLYPHS, "scale": SCALE_ON_DIGITS}),
     "cifar10": {
-        "h-ssl": f"{CIFAR10} --method h-ssl --epochs 4",
-        "simclr": f"{SIMCLR} {CIFAR10} --epochs 2",
+        "h-ssl": f"{CIFAR10} --method h-ssl --epochs 40",
+        "simclr": f"{SIMCLR} {CIFAR10} --epochs 20",
     },
     "paper-mnist": table1(PAPER) | {"translation h-ssl, on a CPU": ON_A_CPU},
     "paper-cifar10": table1(paper("cifar10")),

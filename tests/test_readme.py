@@ -93,7 +93,7 @@ def test_examples_run_as_pasted_and_print_what_they_say(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("title, name, group, seeds, supervised_seeds", (
-    ("translation, 20 epochs", "digits", "", range(4), range(3)),
+    ("translation, 20 epochs", "digits", "", range(5), range(3)),
     ("rotation, glyphs, 20 epochs", "other-groups", "rotation ", range(5), range(3)),
     ("scale, 40 epochs", "other-groups", "scale ", range(5), range(3)),
     ("translation, the paper's 500 epochs", "paper-mnist", "translation ", range(2), range(1)),
