@@ -3,13 +3,14 @@
     pip install -r experiments/requirements.txt
     python experiments/figures.py idea RUN       an image's two views, from a run by rotation
     python experiments/figures.py curves NAME    loss and measures over the training of a table
-    python experiments/figures.py sweeps         top-1 over base space and over distance
+    python experiments/figures.py sweeps         accuracy over base space and over distance
     python experiments/figures.py tour           the pictures of TOUR.md, from its own blocks
 
 They go into runs/figures, or with --results FOLDER there; the documents show those of
 experiments/results/figures.
 """
 import argparse
+import itertools
 import re
 import statistics
 from pathlib import Path
@@ -129,34 +130,39 @@ def curves(name):
 
 def sweeps(_):
     """Accuracy over base space and over distance, H-SSL's beside A-SSL's."""
-    _, panels = plt.subplots(1, 2, num="sweeps", sharey=True)
-    points = [1, 2, 3, 5]
+    _, panels = plt.subplots(1, 4, num="sweeps", figsize=(11, 3.4))
     labels = {"base-space": "side of the window", "distance": "largest distance of two views"}
-    for axes, name in zip(panels, labels):
-        runs = report.read_runs(name)
-        for method, colour in ("h-ssl", BLUE), ("a-ssl", RED):
-            means = []
-            deviations = []
-            for point in points:
-                top1 = report.values(runs, f"{method} {point}", "top1").values()
-                means.append(statistics.mean(top1))
-                deviations.append(statistics.stdev(top1))
-            axes.errorbar(points, means, deviations, color=colour, label=method)
-        frozen = report.values(runs, "h-ssl 1", "top1", frozen=True)
-        mean = statistics.mean(frozen.values())
-        axes.axhline(mean, color="grey", label="frozen encoder")
-        axes.set(xlabel=f"{labels[name]}, positions", xticks=points)
-        axes.set(ylabel="linear classifier, top-1 on test images, %")
-    axes.legend()
+    measures = {"top1": "linear", "neighbours": "neighbours"}
+    for axes, (measure, name) in zip(panels, itertools.product(measures, labels)):
+        sweep(axes, report.read_runs(name), measure)
+        axes.set(title=measures[measure], xlabel=f"{labels[name]}, positions")
+    panels[0].legend()
+
+
+def sweep(axes, runs, measure):
+    """The measure over the points of a sweep, by method, and the frozen encoder's."""
+    points = [1, 2, 3, 5]
+    for method, colour in ("h-ssl", BLUE), ("a-ssl", RED):
+        means = []
+        deviations = []
+        for point in points:
+            found = report.values(runs, f"{method} {point}", measure).values()
+            means.append(statistics.mean(found))
+            deviations.append(statistics.stdev(found))
+        axes.errorbar(points, means, deviations, color=colour, label=method)
+    frozen = report.values(runs, "h-ssl 1", measure, frozen=True)
+    mean = statistics.mean(frozen.values())
+    axes.axhline(mean, color="grey", label="frozen")
+    axes.set(xticks=points)
 
 
 def tour(_):
     """The pictures of TOUR.md, drawn from the variables of its own blocks."""
     text = (report.ROOT / "TOUR.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    draw_after = {2: tour_filters, 3: tour_equivariance, 4: tour_views, 8: tour_training}
+    draw_after = {2: tour_filters, 3: tour_equivariance, 4: tour_views}
     variables = {}
-    for step in range(1, 9):
+    for step in range(1, 5):
         exec(blocks[step - 1], variables)
         if step in draw_after:
             draw_after[step](SimpleNamespace(**variables))
@@ -230,16 +236,6 @@ def tour_views(tour):
     scales += 2 * torch.eye(5).flip(1)
     picture(grid[5], scales, "rows: g from −2 to 2\npale: scales 0, 1, 2\n"
             "dark: what g's view reads", cmap="Blues")
-
-
-def tour_training(tour):
-    """Step 8: the loss of both methods; the thin dashed curve lies on the thick one."""
-    plt.figure("tour-training")
-    plt.plot(tour.curves["A-SSL"], color=RED, linewidth=3.5, label="A-SSL")
-    plt.plot(tour.curves["H-SSL"], "--", color=BLUE, label="H-SSL")
-    plt.xlabel("steps")
-    plt.ylabel("NT-Xent, nats")
-    plt.legend()
 
 
 FIGURES = dict(idea=idea, sweeps=sweeps, curves=curves, tour=tour)

@@ -8,7 +8,7 @@
     base-space, distance     H-SSL's parameters beside A-SSL's crop size and displacement
     work                     H-SSL for 16 epochs beside A-SSL and SimCLR for 8
     digits                   a setting that teaches, by translation at full width, all images
-    why                      narrow networks with the paper's values, and with others
+    why                      narrow networks with the defaults, and with other values
     other-groups             rotation, on glyphs, and scale until the measures stop changing
     cifar10                  the residual network
     paper-...                the paper's settings, for --launcher "torchrun --nproc_per_node=8"
@@ -53,7 +53,7 @@ GLYPHS = {
 }
 DIGITS = ("--dataset mnist --device cpu --amp bfloat16 --batch-size 256 --warmup-epochs 1 "
           "--kernel-size 3 --base-space 5 --grid 2 --temperature 0.5 --trust-coefficient 0.03")
-# The paper's values for 1,520 steps of a narrow network, on images held out.
+# The defaults for 1,520 steps of a narrow network, on images held out.
 REPLICA = ("--dataset mnist --device cpu --amp bfloat16 --train-images 10000 --validate 5000 "
            "--batch-size 512 --epochs 80 --warmup-epochs 4 --widths 16 32 48 --method h-ssl")
 ROTATION_ON_GLYPHS = (
@@ -133,7 +133,7 @@ TABLES = {
         "simclr, 10 epochs": f"{SIMCLR} {DIGITS} --epochs 10",
     },
     "why": {
-        "the paper's values": REPLICA,
+        "the defaults": REPLICA,
         "τ 0.5": f"{REPLICA} --temperature 0.5",
         "circular padding": f"{REPLICA} --padding circular",
         "chosen": f"{REPLICA} {CHOSEN} --kernel-size 3",
