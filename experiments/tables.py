@@ -66,8 +66,8 @@ SCALE_ON_DIGITS = (
     "--temperature 0.5 --trust-coefficient 0.3")
 CHOSEN = "--temperature 0.5 --trust-coefficient 0.03 --base-space 5 --grid 2"
 CIFAR10 = ("--dataset cifar10 --device cpu --amp bfloat16 --group translation --widths 8 32 64 128 "
-           "--kernel-size 3 --batch-size 256 --warmup-epochs 0.5 --temperature 0.5 "
-           "--trust-coefficient 0.03 --base-space 6 --grid 2 --probe-grid 2")
+           "--kernel-size 3 --batch-size 256 --warmup-epochs 1 --trust-coefficient 0.03 "
+           "--base-space 5 --grid 2 --probe-grid 2")
 SIMCLR = "experiments/simclr.py"
 
 
@@ -140,8 +140,8 @@ TABLES = {
     },
     "other-groups": table1({"rotation": ROTATION_ON_GLYPHS, "scale": SCALE_ON_DIGITS}),
     "cifar10": {
-        "h-ssl": f"{CIFAR10} --method h-ssl --epochs 40",
-        "simclr": f"{SIMCLR} {CIFAR10} --epochs 20",
+        "h-ssl": f"{CIFAR10} --temperature 0.05 --method h-ssl --epochs 28",
+        "simclr": f"{SIMCLR} {CIFAR10} --temperature 0.5 --epochs 14",
     },
     "paper-mnist": table1(PAPER) | {"translation h-ssl, on a CPU": ON_A_CPU},
     "paper-cifar10": table1(paper("cifar10")),
