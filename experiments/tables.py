@@ -65,8 +65,8 @@ SCALE_ON_DIGITS = (
     "--warmup-epochs 2 --group scale --widths 8 16 24 --kernel-size 5 --base-space 2 --grid 2 "
     "--temperature 0.5 --trust-coefficient 0.3")
 CHOSEN = "--temperature 0.5 --trust-coefficient 0.03 --base-space 5 --grid 2"
-CIFAR10 = ("--dataset cifar10 --device cpu --amp bfloat16 --group translation --widths 8 32 64 128 "
-           "--kernel-size 3 --batch-size 256 --warmup-epochs 1 --trust-coefficient 0.03 "
+CIFAR10 = ("--dataset cifar10 --device cpu --amp bfloat16 --train-images 10000 --batch-size 256 "
+           "--warmup-epochs 1 --group translation --widths 8 32 64 128 --kernel-size 3 --trust-coefficient 0.03 "
            "--base-space 5 --grid 2 --probe-grid 2")
 SIMCLR = "experiments/simclr.py"
 
@@ -140,8 +140,10 @@ TABLES = {
     },
     "other-groups": table1({"rotation": ROTATION_ON_GLYPHS, "scale": SCALE_ON_DIGITS}),
     "cifar10": {
-        "h-ssl": f"{CIFAR10} --temperature 0.05 --method h-ssl --epochs 28",
-        "simclr": f"{SIMCLR} {CIFAR10} --temperature 0.1 --epochs 14",
+        "h-ssl": f"{CIFAR10} --method h-ssl --temperature 0.05 --epochs 10",
+        "a-ssl": f"{CIFAR10} --method a-ssl --temperature 0.05 --epochs 10",
+        "supervised": f"{CIFAR10} --method supervised --epochs 10",
+        "simclr, 5 epochs": f"{SIMCLR} {CIFAR10} --temperature 0.1 --epochs 5",
     },
     "paper-mnist": table1(PAPER) | {"translation h-ssl, on a CPU": ON_A_CPU},
     "paper-cifar10": table1(paper("cifar10")),
