@@ -66,8 +66,8 @@ SCALE_ON_DIGITS = (
     "--temperature 0.5 --trust-coefficient 0.3")
 CHOSEN = "--temperature 0.5 --trust-coefficient 0.03 --base-space 5 --grid 2"
 CIFAR10 = ("--dataset cifar10 --device cpu --amp bfloat16 --train-images 10000 --batch-size 256 "
-           "--warmup-epochs 1 --group translation --widths 8 32 64 128 --kernel-size 3 --trust-coefficient 0.03 "
-           "--base-space 5 --grid 2 --probe-grid 2")
+           "--warmup-epochs 1 --group translation --widths 8 32 64 128 --kernel-size 3 "
+           "--trust-coefficient 0.03 --base-space 5 --grid 2 --probe-grid 2")
 SIMCLR = "experiments/simclr.py"
 
 
