@@ -151,9 +151,6 @@ def parse(argv=None):
         args.amp = "float16" if args.device == "cuda" else "off"
     if args.device == "cpu" and args.amp == "float16":
         parser.error("--amp float16 is for GPUs: on a CPU take bfloat16, or off, which is faster")
-    if not args.out:
-        args.out = f"runs/{args.dataset}-{args.method}-{args.group}-{args.seed}"
-    args.out = os.path.expanduser(args.out)
     if args.method == "frozen":
         args.epochs = 0
     return args
@@ -342,7 +339,7 @@ def open_log(out, step):
     path = Path(out, "log.jsonl")
     lines = []
     if path.exists():
-        for line in path.read_text().splitlines(True):
+        for line in path.read_text(errors="replace").splitlines(True):
             found = re.search(r'"step": (\d+),.*}\n', line)
             # A line that was cut off comes after every checkpoint.
             if found and int(found[1]) <= step:
@@ -477,10 +474,10 @@ def fit(args, data, model, pairs, plain_encoder, states, progress, patient):
                 start = time.perf_counter()
         wait(patient)
         progress.update(step=step, epoch=epoch + 1)
-        print(f"epoch {epoch + 1}/{args.epochs}  loss {line['loss']:.4f}  lr {lr:.4g}  "
-              f"{rate:,.0f} images/s", flush=True)
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             save(args, states, progress)
+        print(f"epoch {epoch + 1}/{args.epochs}  loss {line['loss']:.4f}  lr {lr:.4g}  "
+              f"{rate:,.0f} images/s", flush=True)
 
 
 def train(args):
@@ -519,17 +516,22 @@ def train(args):
             result = progress["frozen"]
             if args.epochs > 0:
                 result = measure(objective.encoder, plain_encoder, data, args)
-                print("trained encoder:", probe.in_words(result))
             # Its batch norm now has the statistics of all training images.
             objective.encoder.load_state_dict(plain_encoder.state_dict())
             save(args, states, progress)
             probe.write_result(args.out, vars(args), result, progress["frozen"], progress["epoch"])
+            if args.epochs > 0:
+                print("trained encoder:", probe.in_words(result))
     wait(patient)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def main(args):
+    """Train, by the settings of `parse`, whose method an experiment may have renamed."""
+    if not args.out:
+        args.out = f"runs/{args.dataset}-{args.method}-{args.group}-{args.seed}"
+    args.out = os.path.expanduser(args.out)
     try:
         probe.run(train, args)
     except Diverged as error:

@@ -35,6 +35,7 @@ import tables
 from report import ROOT
 import probe
 from lars import LARS
+from train import Number
 
 ROWS = ("step", "a-ssl", "evaluate", "command", "memory", "error")
 
@@ -235,8 +236,8 @@ def parse(argv=None):
     add("--against", metavar="REVISION", help="what to compare with (none)")
     add("--rows", nargs="+", choices=ROWS, help="(all; without --against a-ssl)")
     add("--device", choices=("cpu", device), default=device, help="(cuda if there is a GPU)")
-    add("--batch-size", type=int, help="images a step (step and a-ssl: 64, the others: 4096)")
-    add("--repeats", type=int, default=5, help="times of each side (5)")
+    add("--batch-size", type=Number(2), help="images a step (step and a-ssl: 64, the others: 4096)")
+    add("--repeats", type=Number(1), default=5, help="times of each side (5)")
     add("--results", metavar="FOLDER", help="folder of the JSON file to write (none)")
     args = parser.parse_args(argv)
     if args.rows is None:

@@ -27,7 +27,7 @@ def parse(argv=None):
     args = train.parse(argv)
     if (args.method, args.group, args.structure) != ("a-ssl", "translation", "group"):
         raise ValueError("crops are for --method a-ssl by translation, with structure")
-    args.method = "a-ssl with crops"
+    args.method = "crops"
     return args
 
 

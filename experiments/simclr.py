@@ -68,8 +68,11 @@ class Augmented(train.SelfSupervised):
         seed = (1_000_000 * self.seed + self.steps.item()) % 2**63
         generator = torch.Generator(x.device).manual_seed(seed)
         self.steps += 1
-        h1 = self.head(self.encoder(augment(x, generator)))
-        h2 = self.head(self.encoder(augment(x, generator)))
+        with torch.autocast(x.device.type, enabled=False):    # too coarse for positions
+            x1 = augment(x, generator)
+            x2 = augment(x, generator)
+        h1 = self.head(self.encoder(x1))
+        h2 = self.head(self.encoder(x2))
         return self.I(h1, h2)
 
 

@@ -275,7 +275,7 @@ def train_table(args):
     """
     finished = {(run["row"], run["seed"]) for run in finished_runs(args)}
     waiting = [(row, seed) for seed in args.seeds for row in args.chosen]
-    waiting = [run for run in waiting if run not in finished]
+    waiting = [run for run in dict.fromkeys(waiting) if run not in finished]
     if waiting:
         # Download now, not in several runs at once.
         _, words = split_script(args.rows[args.chosen[0]])

@@ -94,7 +94,7 @@ class Started:
 
 def test_a_table_is_trained_once_and_loses_nothing(call, tmp_path, monkeypatch, few_glyphs, capsys):
     monkeypatch.setattr(subprocess, "Popen", Started)
-    (first,) = call("--seeds", "0", "--only", "h-ssl", "--eval-every", "1")
+    (first,) = call("--seeds", "0", "0", "--only", "h-ssl", "--eval-every", "1")
     assert "| h-ssl | 1 | 2 | " in capsys.readouterr().out
     assert (first["row"], first["seed"], first["flags"]) == ("h-ssl", 0, ROWS["h-ssl"])
     assert [step for step, loss in first["losses"]] == [1, 2, 3, 4, 5, 6]

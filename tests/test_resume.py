@@ -13,7 +13,8 @@ import torch
 
 import data
 import train
-from helpers import assert_equal, draw_few_glyphs, exit_code, log_of, refusal, train_here
+from helpers import (assert_equal, draw_few_glyphs, exit_code, log_of, refusal, status_of,
+                     train_here)
 
 pytestmark = pytest.mark.usefixtures("few_glyphs")
 
@@ -77,7 +78,7 @@ def test_killed_and_resumed(moment, saved, flags, undisturbed, tmp_path):
         # The fourth line is of a step that is taken again, and what follows is damaged.
         lines = (run / "log.jsonl").read_text()
         assert lines.count("\n") == 5
-        (run / "log.jsonl").write_text(f"{lines[:-20]}\n\0}}\n")
+        (run / "log.jsonl").write_bytes(lines[:-20].encode() + b"\n\xff}\n")
 
     resumed = train_here(run, *flags, "--resume", amp=amp)
     expected_run = undisturbed(*flags, amp=amp)
@@ -91,6 +92,17 @@ def test_killed_and_resumed(moment, saved, flags, undisturbed, tmp_path):
     assert (run / "probe.json").read_text() == (expected_run / "probe.json").read_text()
     names = {path.name for path in run.iterdir()}
     assert names == {"config.json", "log.jsonl", "checkpoint.pt", "probe.json"}
+
+
+def test_what_is_printed_is_no_reason_to_lose_an_epoch(tmp_path, monkeypatch):
+    """As when `| head` has ended."""
+    def print_to_nobody(*words, **options):
+        if words[0].startswith("epoch 1/"):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(train, "print", print_to_nobody, raising=False)
+    assert status_of(train_here, tmp_path / "run", "--save-every", "1") == 2
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
 
 
 def test_what_may_change(undisturbed, tmp_path):
