@@ -101,7 +101,8 @@ def steerable_basis(group, group_size, kernel_size, effective_size=None, sigma=0
     norm = basis[:, :1].square().sum((2, 3), keepdim=True).sqrt()
     if not (norm > 1e-12).all():    # also where it is nan
         raise ValueError(f"a basis function vanishes on a {kernel_size}x{kernel_size} kernel with "
-                         f"sigma {sigma}: take a larger kernel_size or a smaller effective_size")
+                         f"sigma {sigma}: take a larger kernel_size, a smaller effective_size, "
+                         "or fewer scales, closer to each other")
     return basis / norm
 
 
@@ -286,8 +287,8 @@ class Backbone(nn.Module):
     """(B, in_channels, H, W) -> (B, widths[-1], G, H/4, W/4), by self.layers. Raises a ValueError
     for other axes, and for sides that are not multiples of 4.
 
-    torch.compile takes it, but not with dynamic=True, for which torch 2.14.1 fails on maps of
-    unknown sides whose channels come last.
+    torch.compile takes it for images of one size: torch 2.14.1 fails on maps of unknown sides whose
+    channels come last, as with dynamic=True or from a second size on.
     """
     stride = 4
 

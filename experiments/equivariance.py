@@ -119,7 +119,7 @@ def networks_of_run(folder, data_dir):
 
     trained, settings = probe.load_encoder(folder)
     data = probe.load_data(settings, "cpu", data_dir)
-    x = data.batch(data.test_images, torch.arange(50))
+    x = data.batch(data.test_images, torch.arange(min(50, len(data.test_images))))
     torch.manual_seed(settings["seed"])
     fresh = probe.make_encoder(settings)
     probe.take_statistics(fresh, data)

@@ -58,6 +58,7 @@ def test_every_tenth_image_is_held_out(tmp_path, pattern, classes, capsys):
 @pytest.mark.parametrize("names, words", (
     ("", "there are 0 images in .*own"),
     ("train/a/0.txt val/a/1.png", "there are 1 images in .*own, too few: expected train/CLASS"),
+    ("test/a/0.png val/a/1.png", "test' would be a class: expected train/CLASS"),
     ("train/a/0.png train/b/1.png train/2.png", "train/2.png' is in none of the class folders"),
     ("train/a/0.png train/b/1.png val/c/2.png", "val/c/2.png' is in none of the class folders"),
 ))
