@@ -96,6 +96,7 @@ def test_examples_run_as_pasted_and_print_what_they_say(monkeypatch, capsys):
     ("translation, 20 epochs", "digits", "", range(5), range(3)),
     ("rotation, glyphs, 20 epochs", "other-groups", "rotation ", range(5), range(3)),
     ("scale, 40 epochs", "other-groups", "scale ", range(5), range(3)),
+    ("translation, CIFAR-10, 10 epochs", "cifar10", "", range(3), range(3)),
     ("translation, the paper's 500 epochs", "paper-mnist", "translation ", range(2), range(1)),
 ))
 def test_the_table_has_the_means_of_the_committed_runs(title, name, group, seeds, supervised_seeds):
