@@ -136,7 +136,7 @@ def sweeps(_):
     for axes, (measure, name) in zip(panels, itertools.product(measures, labels)):
         sweep(axes, report.read_runs(name), measure)
         axes.set(title=measures[measure], xlabel=f"{labels[name]}, positions")
-    panels[0].legend()
+    panels[0].legend(loc=(0.4, 0.1))
 
 
 def sweep(axes, runs, measure):
