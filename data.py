@@ -208,7 +208,7 @@ def image_folder(folder, cache_dir, side, class_of_file):
         _, label_of_class = find_classes(roots[0])
     except FileNotFoundError:    # no folders in it
         label_of_class = {}
-    for name in label_of_class:
+    for name in label_of_class if len(roots) == 1 else ():
         if name.lower() in ("train", "val", "valid", "test"):
             raise ValueError(f"{str(roots[0] / name)!r} would be a class: expected train/CLASS and "
                              "val/CLASS, or CLASS alone")

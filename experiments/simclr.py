@@ -68,7 +68,7 @@ class Augmented(train.SelfSupervised):
         seed = (1_000_000 * self.seed + self.steps.item()) % 2**63
         generator = torch.Generator(x.device).manual_seed(seed)
         self.steps += 1
-        with torch.autocast(x.device.type, enabled=False):    # too coarse for positions
+        with torch.autocast(x.device.type, enabled=False):    # bfloat16: too coarse
             x1 = augment(x, generator)
             x2 = augment(x, generator)
         h1 = self.head(self.encoder(x1))
